@@ -1,0 +1,2 @@
+//! The target side.
+pub mod delta;
