@@ -92,8 +92,8 @@ impl LaneState {
 pub struct LaneStep {
     /// Which lane.
     pub lane: LaneId,
-    /// Position it stands at.
-    pub from: Position,
+    /// State before the job.
+    pub from: LaneState,
     /// State after the job.
     pub to: LaneState,
 }
@@ -182,6 +182,8 @@ impl Collection {
     }
 
     fn gate(&mut self, uuid: CollectionUuid, item: Item) {
+        // Gated changes may wait long: they must not hold on to their whole batch.
+        let item = Item { bytes: Bytes::copy_from_slice(&item.bytes), ..item };
         // Which lane it will take depends on the DDL before it, so both are marked.
         for lane in [item.doc_lane, hash::lane_of_collection(uuid)] {
             self.first_gated.entry(lane).or_insert(item.position);
@@ -526,7 +528,7 @@ impl Lanes {
             }
         }
         let floors = state.floors.iter().filter(|floor| floor.at >= position.time || !parked.is_empty()).cloned().collect();
-        LaneStep { lane, from: state.position, to: LaneState { position, parked, floors } }
+        LaneStep { lane, from: state.clone(), to: LaneState { position, parked, floors } }
     }
 
     /// A job was committed; `floors` were stored with the given lanes.

@@ -166,7 +166,7 @@ impl Target {
     fn commit(&mut self, job: &Job) {
         for step in &job.lanes {
             let stored = &mut self.lanes[step.lane.index()];
-            assert_eq!(stored.position, step.from, "the stored position is what the job expects");
+            assert_eq!(*stored, step.from, "the stored state is what the job expects");
             *stored = step.to.clone();
         }
         for item in &job.items {

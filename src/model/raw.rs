@@ -272,6 +272,20 @@ impl Writer {
         self.bytes.extend_from_slice(document.as_bytes());
     }
 
+    /// Writes an array given as a document of indexes.
+    pub fn embed_array(&mut self, key: &str, items: &RawDocument) {
+        self.key(ARRAY, key);
+        self.bytes.extend_from_slice(items.as_bytes());
+    }
+
+    /// Writes a UUID (binary subtype 4).
+    pub fn uuid(&mut self, key: &str, uuid: [u8; 16]) {
+        self.key(BINARY, key);
+        self.bytes.extend_from_slice(&16_i32.to_le_bytes());
+        self.bytes.push(4);
+        self.bytes.extend_from_slice(&uuid);
+    }
+
     /// Writes any value.
     pub fn value<'v>(&mut self, key: &str, value: impl Into<RawBsonRef<'v>>) {
         let mut one = RawDocumentBuf::new();
