@@ -6,3 +6,5 @@
 
 pub mod apply;
 pub mod model;
+pub mod mongo;
+pub mod source;

@@ -165,7 +165,7 @@ pub struct ServerInfo {
 pub async fn server_info(client: &Client) -> Result<Result<ServerInfo, &'static str>, Failure> {
     let admin = client.database("admin");
     let hello = admin.run_command(doc! {"hello": 1}).await.map_err(Failure::of("ask the server who it is"))?;
-    if hello.get_str("msg") == Ok("isdbgrid") {
+    if hello.get_str("msg").is_ok_and(|msg| msg == "isdbgrid") {
         return Ok(Err("mongod replica sets only: this is a mongos, where two transactions may share a cluster time"));
     }
     let Ok(replica_set) = hello.get_str("setName") else {

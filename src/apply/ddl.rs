@@ -233,7 +233,7 @@ async fn drop_indexes(target: &MongoTarget, change: &Change<'_>, entry: &Entry, 
     let there = indexes_of(target, entry).await?;
     let description = description(change)?;
     let gone = description.get_array("indexes").into_iter().flatten().filter_map(|spec| spec.as_document()?.get_str("name").ok());
-    let names: Vec<&str> = gone.filter(|name| there.iter().any(|index| index.get_str("name") == Ok(name))).collect();
+    let names: Vec<&str> = gone.filter(|name| there.iter().any(|index| index.get_str("name").is_ok_and(|n| n == *name))).collect();
     if names.is_empty() {
         return Ok(());
     }
@@ -247,7 +247,7 @@ async fn needs_one_lane(target: &MongoTarget, entry: &Entry, here: CollectionUui
     let special = options.is_some_and(|o| matches!(o.get("collation"), Ok(Some(_))) || o.get_bool("capped").unwrap_or(false));
     let unique = |index: &Document| {
         let flag = |name| index.get_bool(name).unwrap_or(false);
-        index.get_str("name") != Ok("_id_") && (flag("unique") || flag("prepareUnique"))
+        index.get_str("name").is_ok_and(|name| name != "_id_") && (flag("unique") || flag("prepareUnique"))
     };
     Ok(special || indexes_of(target, entry).await?.iter().any(unique))
 }

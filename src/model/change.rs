@@ -178,10 +178,11 @@ impl<'a> Change<'a> {
             }
         }
         match self.op {
-            Op::Rename => need(self.to.is_some(), "to"),
-            Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription"),
-            _ => Ok(()),
+            Op::Rename => need(self.to.is_some(), "to")?,
+            Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription")?,
+            _ => {}
         }
+        Ok(self)
     }
 
     /// The `_id` of the changed document.

@@ -1,12 +1,13 @@
 //! Reads documents for a target that needs them again (rule K): as the source has them at one cluster time.
 
 use bson::raw::{RawDocument, RawDocumentBuf};
-use bson::{Binary, Document, doc, spec::BinarySubtype};
+use bson::{Binary, doc, spec::BinarySubtype};
 use bytes::Bytes;
 use farshore_api::replication::v1::{Fetch, Fetched};
 use futures::StreamExt as _;
 use mongodb::Client;
 
+use crate::model::raw::Writer;
 use crate::model::{ClusterTime, CollectionUuid};
 use crate::mongo::{self, Failure, code};
 
@@ -91,14 +92,15 @@ impl Fetcher {
             Some(at) => concern.insert("atClusterTime", mongo::timestamp(at)),
             None => concern.insert("afterClusterTime", mongo::timestamp(not_before)),
         };
-        let uuid = Binary { subtype: BinarySubtype::Uuid, bytes: uuid.0.to_vec() };
-        let rest: Document = doc! {"limit": 1, "singleBatch": true, "collectionUUID": uuid, "readConcern": concern};
-        let mut command = RawDocumentBuf::new();
-        command.append(bson::cstr!("find"), name);
-        command.append(bson::cstr!("filter"), key.to_owned());
-        for (field, value) in &RawDocumentBuf::try_from(&rest).map_err(|e| Failure::of("build a find")(e.into()))? {
-            command.append_ref(field, value);
-        }
+        let concern = RawDocumentBuf::try_from(&concern).expect("documents of our own encode");
+        let mut command = Writer::document();
+        command.value("find", name);
+        command.embed("filter", key);
+        command.value("limit", 1_i32);
+        command.value("singleBatch", true);
+        command.uuid("collectionUUID", uuid.0);
+        command.embed("readConcern", &concern);
+        let command = command.finish();
         let cursor = self.client.database(database).run_raw_cursor_command(command).batch().await;
         let mut cursor = match cursor.map_err(Failure::of("fetch a document")) {
             Err(failure) if matches!(failure.code(), Some(code::UUID_MISMATCH | code::NAMESPACE_NOT_FOUND)) => {

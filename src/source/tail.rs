@@ -123,9 +123,14 @@ impl Tail for MongoTail {
 }
 
 /// An open change stream of a real MongoDB.
-#[derive(Debug)]
 pub struct MongoTailStream {
     cursor: RawBatchCursor,
+}
+
+impl std::fmt::Debug for MongoTailStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MongoTailStream")
+    }
 }
 
 impl TailStream for MongoTailStream {
