@@ -40,13 +40,20 @@ pub(super) fn numeric_key(document: &RawDocument) -> Option<u64> {
         RawBsonRef::Decimal128(v) => v.to_string().parse().ok()?,
         _ => return None,
     };
-    Some(if number.is_nan() { f64::NAN.to_bits() } else { (number + 0.0).to_bits() })
+    Some(if number.is_nan() {
+        f64::NAN.to_bits()
+    } else {
+        (number + 0.0).to_bits()
+    })
 }
 
 /// The same top-level fields sorted by name, except those in `drop`.
 pub(super) fn sorted(document: &RawDocument, drop: &[&str]) -> RawDocumentBuf {
-    let mut fields: Vec<_> =
-        document.iter().flatten().filter(|(key, _)| !drop.contains(&key.as_str())).collect();
+    let mut fields: Vec<_> = document
+        .iter()
+        .flatten()
+        .filter(|(key, _)| !drop.contains(&key.as_str()))
+        .collect();
     fields.sort_by_key(|(key, _)| key.as_str());
     fields.into_iter().collect()
 }
@@ -73,9 +80,7 @@ fn canonical(value: RawBsonRef<'_>) -> Vec<u8> {
             fields.sort();
             framed(3, fields)
         }
-        RawBsonRef::Array(array) => {
-            framed(4, array.into_iter().flatten().map(canonical).collect())
-        }
+        RawBsonRef::Array(array) => framed(4, array.into_iter().flatten().map(canonical).collect()),
         scalar => value_bytes(scalar),
     }
 }
@@ -101,9 +106,11 @@ pub(super) fn first_difference(a: &RawDocument, b: &RawDocument) -> String {
                 }
                 describe(ka.as_str(), va, vb)
             }
-            (Some((ka, _)), Some((kb, _))) => format!("field {ka:?} / {kb:?}"),
-            (Some((ka, _)), None) => format!("field {ka:?} / (end)"),
-            (None, Some((kb, _))) => format!("field (end) / {kb:?}"),
+            (Some((ka, _)), Some((kb, _))) => {
+                format!("field {:?} / {:?}", ka.as_str(), kb.as_str())
+            }
+            (Some((ka, _)), None) => format!("field {:?} / (end)", ka.as_str()),
+            (None, Some((kb, _))) => format!("field (end) / {:?}", kb.as_str()),
             (None, None) => "no field".to_owned(),
         };
     }
@@ -154,7 +161,11 @@ struct Text {
 
 impl Text {
     fn new(limit: usize) -> Self {
-        Self { out: String::new(), limit, full: false }
+        Self {
+            out: String::new(),
+            limit,
+            full: false,
+        }
     }
 
     fn push(&mut self, text: &str) {
@@ -245,7 +256,12 @@ fn scalar_text(value: RawBsonRef<'_>) -> String {
         ),
         RawBsonRef::Binary(binary) => {
             // Hexadecimal, not base64: it is read by people who compare two of them.
-            let head: String = binary.bytes.iter().take(32).map(|b| format!("{b:02x}")).collect();
+            let head: String = binary
+                .bytes
+                .iter()
+                .take(32)
+                .map(|b| format!("{b:02x}"))
+                .collect();
             let (subtype, len) = (u8::from(binary.subtype), binary.bytes.len());
             format!(r#"{{"$binary":{{"hex":"{head}","bytes":{len},"subType":"{subtype:02x}"}}}}"#)
         }

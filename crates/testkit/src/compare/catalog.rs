@@ -54,7 +54,9 @@ impl Catalog {
             }
             let db = client.database(&database);
             for entry in documents(&db, rawdoc! { "listCollections": 1, "cursor": {} }).await? {
-                let Some(mut collection) = parse(&database, &entry)? else { continue };
+                let Some(mut collection) = parse(&database, &entry)? else {
+                    continue;
+                };
                 if !options.wants_namespace(&collection.namespace()) {
                     continue;
                 }
@@ -68,7 +70,10 @@ impl Catalog {
     }
 
     pub(super) fn indexes(&self) -> u64 {
-        self.collections.values().map(|collection| collection.indexes.len() as u64).sum()
+        self.collections
+            .values()
+            .map(|collection| collection.indexes.len() as u64)
+            .sum()
     }
 }
 

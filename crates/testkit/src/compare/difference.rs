@@ -19,18 +19,43 @@ pub enum Kind {
     /// A leftover of an aggregation (`tmp.agg_out.*`), which must not exist at rest.
     Temporary,
     /// Type, options or `_id` index differ.
-    Options { a: String, b: String },
+    Options {
+        a: String,
+        b: String,
+    },
     IndexMissing(String),
     IndexExtra(String),
-    IndexDifferent { name: String, a: String, b: String },
-    DocumentMissing { id: String, a: String },
-    DocumentExtra { id: String, b: String },
+    IndexDifferent {
+        name: String,
+        a: String,
+        b: String,
+    },
+    DocumentMissing {
+        id: String,
+        a: String,
+    },
+    DocumentExtra {
+        id: String,
+        b: String,
+    },
     /// `at` is the path of the first field that differs, with both values.
-    DocumentDifferent { id: String, a: String, b: String, at: String, only_field_order: bool },
+    DocumentDifferent {
+        id: String,
+        a: String,
+        b: String,
+        at: String,
+        only_field_order: bool,
+    },
     /// Natural order of a capped collection differs, first at this document (counted from 0).
-    NaturalOrder { position: u64, a: String, b: String },
+    NaturalOrder {
+        position: u64,
+        a: String,
+        b: String,
+    },
     /// So many documents had no partner that this collection was given up.
-    TooFarApart { unmatched: u64 },
+    TooFarApart {
+        unmatched: u64,
+    },
 }
 
 impl Kind {
@@ -46,7 +71,10 @@ impl Kind {
             Kind::IndexDifferent { .. } => "index different",
             Kind::DocumentMissing { .. } => "document missing",
             Kind::DocumentExtra { .. } => "document extra",
-            Kind::DocumentDifferent { only_field_order: true, .. } => "document field order",
+            Kind::DocumentDifferent {
+                only_field_order: true,
+                ..
+            } => "document field order",
             Kind::DocumentDifferent { .. } => "document different",
             Kind::NaturalOrder { .. } => "natural order",
             Kind::TooFarApart { .. } => "too far apart",
@@ -85,7 +113,11 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new(limit: usize) -> Self {
-        Self { limit, kept: Vec::new(), more: 0 }
+        Self {
+            limit,
+            kept: Vec::new(),
+            more: 0,
+        }
     }
 
     /// Adds one difference, or counts it when the list is full.

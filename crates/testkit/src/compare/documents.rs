@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use anyhow::Result;
-use bson::raw::{RawDocument, RawDocumentBuf};
 use bson::doc;
+use bson::raw::{RawDocument, RawDocumentBuf};
 use futures::TryStreamExt;
 use mongodb::Client;
 use mongodb::options::Hint;
@@ -45,7 +45,12 @@ pub(super) async fn compare(
         }
         join.step(x, y, &l.namespace(), report);
         if join.waiting_bytes > MAX_WAITING_BYTES {
-            report.push(l.namespace(), Kind::TooFarApart { unmatched: join.waiting() });
+            report.push(
+                l.namespace(),
+                Kind::TooFarApart {
+                    unmatched: join.waiting(),
+                },
+            );
             return Ok(join.documents);
         }
     }
@@ -68,7 +73,11 @@ async fn compare_order(a: &Client, b: &Client, l: &Collection, report: &mut Repo
             let text = |d: Option<RawDocumentBuf>| {
                 d.map_or_else(|| "(end)".to_owned(), |d| bytes::shorten(&d, 200))
             };
-            let kind = Kind::NaturalOrder { position, a: text(x), b: text(y) };
+            let kind = Kind::NaturalOrder {
+                position,
+                a: text(x),
+                b: text(y),
+            };
             report.push(l.namespace(), kind);
             break;
         }
@@ -88,7 +97,11 @@ pub(super) async fn digest(client: &Client, collection: &Collection) -> Result<S
     let by_id = collection.kind == "collection" && !collection.capped;
     let order = if by_id { Order::Id } else { Order::Natural };
     let mut reader = Reader::open(client, collection, order).await?;
-    let mut sum = Sum { hash: 0, documents: 0, bytes: 0 };
+    let mut sum = Sum {
+        hash: 0,
+        documents: 0,
+        bytes: 0,
+    };
     while let Some(document) = reader.next().await? {
         if collection.capped {
             sum.hash = sum.hash.rotate_left(1);
@@ -125,12 +138,17 @@ impl Reader {
         if collection.kind != "timeseries" {
             find = find.hint(Hint::Keys(hint));
         }
-        Ok(Self { cursor: find.batch().await?, ready: VecDeque::new() })
+        Ok(Self {
+            cursor: find.batch().await?,
+            ready: VecDeque::new(),
+        })
     }
 
     async fn next(&mut self) -> Result<Option<RawDocumentBuf>> {
         while self.ready.is_empty() {
-            let Some(batch) = self.cursor.try_next().await? else { return Ok(None) };
+            let Some(batch) = self.cursor.try_next().await? else {
+                return Ok(None);
+            };
             collect(batch.doc_slices()?, &mut self.ready)?;
         }
         Ok(self.ready.pop_front())
@@ -150,7 +168,13 @@ struct Join {
 
 impl Join {
     fn new(by_id: bool) -> Self {
-        Self { by_id, left: Waiting::new(), right: Waiting::new(), waiting_bytes: 0, documents: 0 }
+        Self {
+            by_id,
+            left: Waiting::new(),
+            right: Waiting::new(),
+            waiting_bytes: 0,
+            documents: 0,
+        }
     }
 
     /// Takes the next document of each side, if it has one.
@@ -199,7 +223,11 @@ impl Join {
             other.remove(&key);
         }
         self.waiting_bytes -= partner.as_bytes().len();
-        Some(if is_left { (document, partner) } else { (partner, document) })
+        Some(if is_left {
+            (document, partner)
+        } else {
+            (partner, document)
+        })
     }
 
     fn waiting(&self) -> u64 {
@@ -231,8 +259,10 @@ impl Join {
             report.push(namespace.to_owned(), kind);
         }
         for b in extra.into_iter().flatten() {
-            let kind =
-                Kind::DocumentExtra { id: bytes::id_text(&b), b: bytes::shorten(&b, 200) };
+            let kind = Kind::DocumentExtra {
+                id: bytes::id_text(&b),
+                b: bytes::shorten(&b, 200),
+            };
             report.push(namespace.to_owned(), kind);
         }
     }
@@ -258,10 +288,20 @@ mod tests {
         let mut report = Report::new(100);
         let mut join = Join::new(true);
         for n in 0..left.len().max(right.len()) {
-            join.step(left.get(n).cloned(), right.get(n).cloned(), "d.c", &mut report);
+            join.step(
+                left.get(n).cloned(),
+                right.get(n).cloned(),
+                "d.c",
+                &mut report,
+            );
         }
         join.finish("d.c", &mut report);
-        report.finish().0.iter().map(|difference| difference.kind.name()).collect()
+        report
+            .finish()
+            .0
+            .iter()
+            .map(|difference| difference.kind.name())
+            .collect()
     }
 
     #[test]
@@ -285,9 +325,19 @@ mod tests {
     fn memory_is_free_again_when_partners_met() {
         let mut report = Report::new(10);
         let mut join = Join::new(true);
-        join.step(Some(rawdoc! { "_id": 1 }), Some(rawdoc! { "_id": 2 }), "d.c", &mut report);
+        join.step(
+            Some(rawdoc! { "_id": 1 }),
+            Some(rawdoc! { "_id": 2 }),
+            "d.c",
+            &mut report,
+        );
         assert!(join.waiting_bytes > 0);
-        join.step(Some(rawdoc! { "_id": 2 }), Some(rawdoc! { "_id": 1 }), "d.c", &mut report);
+        join.step(
+            Some(rawdoc! { "_id": 2 }),
+            Some(rawdoc! { "_id": 1 }),
+            "d.c",
+            &mut report,
+        );
         assert_eq!((join.waiting_bytes, join.waiting()), (0, 0));
     }
 }

@@ -88,7 +88,12 @@ impl Counters {
     /// Counters in this database; one `Counters` per database.
     pub fn new(seed: u64, database: &str) -> Self {
         let rng = StdRng::seed_from_u64(seed);
-        Self { database: database.to_owned(), rng, next: 0, ledger: Ledger::default() }
+        Self {
+            database: database.to_owned(),
+            rng,
+            next: 0,
+            ledger: Ledger::default(),
+        }
     }
 
     /// Increments until the condition is met; returns how many were acknowledged.
@@ -103,7 +108,10 @@ impl Counters {
             let update = doc! { "$inc": { "n": 1_i64 }, "$push": { "seen": self.next } };
             let step = Step::upsert(&ns, doc! { "_id": counter }, update);
             let mut command = step.command;
-            command.append(bson::raw::cstr!("writeConcern"), bson::rawdoc! { "w": "majority" });
+            command.append(
+                bson::raw::cstr!("writeConcern"),
+                bson::rawdoc! { "w": "majority" },
+            );
             match retry::send(&db, command, None, &[], false).await? {
                 Reply::Again(_) => {
                     self.ledger.unknown(counter);

@@ -78,7 +78,7 @@ impl Generator {
     }
 
     fn finish(&mut self, op: &mut Op) {
-        op.majority = op.majority || self.rng.random_ratio(1, 8);
+        op.majority = op.majority || self.rng.random_ratio(1, 16);
         if op.mode == Mode::Plain && self.rng.random_bool(0.4) && op.may_be_retryable() {
             op.mode = Mode::Retryable;
         }
@@ -127,7 +127,10 @@ impl Generator {
         loop {
             let serial = self.serial();
             let id = values::id(&mut self.rng, serial);
-            if !self.model.coll(ns).holds(&id) {
+            let coll = self.model.coll(ns);
+            // The server cannot index a symbol under a collation.
+            let symbol = matches!(id, Bson::Symbol(_)) && coll.flavour == Flavour::Collation;
+            if !symbol && !coll.holds(&id) {
                 return id;
             }
         }
@@ -136,7 +139,12 @@ impl Generator {
     /// A fresh slot, remembered in the model.
     pub(super) fn new_slot(&mut self, ns: &Ns, group: i32, shape: Shape) -> Slot {
         let id = self.fresh_id(ns);
-        let slot = Slot { id, unique: self.serial(), group, shape };
+        let slot = Slot {
+            id,
+            unique: self.serial(),
+            group,
+            shape,
+        };
         self.model.coll(ns).slots.push(slot.clone());
         slot
     }

@@ -51,7 +51,11 @@ pub(super) struct Coll {
 
 impl Coll {
     pub(super) fn new(flavour: Flavour) -> Self {
-        Self { flavour, slots: Vec::new(), indexes: BTreeSet::new() }
+        Self {
+            flavour,
+            slots: Vec::new(),
+            indexes: BTreeSet::new(),
+        }
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -64,7 +68,9 @@ impl Coll {
 
     /// Positions of slots with a shape.
     pub(super) fn of_shape(&self, shape: Shape) -> Vec<usize> {
-        (0..self.slots.len()).filter(|n| self.slots[*n].shape == shape).collect()
+        (0..self.slots.len())
+            .filter(|n| self.slots[*n].shape == shape)
+            .collect()
     }
 }
 
@@ -81,18 +87,24 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(prefix: &str) -> Self {
-        let databases = ["a", "b", "x"].map(|name| format!("{prefix}_{name}")).to_vec();
-        Self { databases, colls: BTreeMap::new(), views: BTreeMap::new() }
+        let databases = ["a", "b", "x"]
+            .map(|name| format!("{prefix}_{name}"))
+            .to_vec();
+        Self {
+            databases,
+            colls: BTreeMap::new(),
+            views: BTreeMap::new(),
+        }
     }
 
     /// A random collection that fits.
-    pub(super) fn pick(
-        &self,
-        rng: &mut StdRng,
-        fits: impl Fn(&Ns, &Coll) -> bool,
-    ) -> Option<Ns> {
-        let fitting: Vec<_> =
-            self.colls.iter().filter(|(ns, coll)| fits(ns, coll)).map(|(ns, _)| ns).collect();
+    pub(super) fn pick(&self, rng: &mut StdRng, fits: impl Fn(&Ns, &Coll) -> bool) -> Option<Ns> {
+        let fitting: Vec<_> = self
+            .colls
+            .iter()
+            .filter(|(ns, coll)| fits(ns, coll))
+            .map(|(ns, _)| ns)
+            .collect();
         Some((*fitting.get(pick_index(rng, fitting.len())?)?).clone())
     }
 
@@ -120,7 +132,9 @@ impl Model {
     }
 
     pub(super) fn coll(&mut self, ns: &Ns) -> &mut Coll {
-        self.colls.entry(ns.clone()).or_insert_with(|| Coll::new(Flavour::Plain))
+        self.colls
+            .entry(ns.clone())
+            .or_insert_with(|| Coll::new(Flavour::Plain))
     }
 }
 

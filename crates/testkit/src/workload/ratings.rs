@@ -16,8 +16,18 @@ use super::run::{Stop, Until};
 use super::values;
 
 const NAMES: &[&str] = &[
-    "Lighthouse", "Breakwater", "Tidal Pool", "Harbour Pilot", "Foghorn", "Anchor", "Compass Rose",
-    "Sextant", "Spinnaker", "Trade Wind", "Coral Reef", "Lagoon",
+    "Lighthouse",
+    "Breakwater",
+    "Tidal Pool",
+    "Harbour Pilot",
+    "Foghorn",
+    "Anchor",
+    "Compass Rose",
+    "Sextant",
+    "Spinnaker",
+    "Trade Wind",
+    "Coral Reef",
+    "Lagoon",
 ];
 /// How long one write keeps trying through an election.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,7 +44,11 @@ impl Ratings {
     pub fn new(seed: u64, database: &str) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let items = NAMES.iter().map(|_| values::oid(&mut rng)).collect();
-        Self { database: database.to_owned(), rng, items }
+        Self {
+            database: database.to_owned(),
+            rng,
+            items,
+        }
     }
 
     /// Drops the database's three collections and writes them anew with `history` ratings.
@@ -81,9 +95,14 @@ impl Ratings {
 
     fn rating(&mut self) -> Document {
         let count = self.rng.random_range(1..4);
-        let rated: Vec<ObjectId> =
-            (0..count).map(|_| self.items[self.rng.random_range(0..self.items.len())]).collect();
-        let ip = format!("10.{}.{}.7", self.rng.random::<u8>(), self.rng.random::<u8>());
+        let rated: Vec<ObjectId> = (0..count)
+            .map(|_| self.items[self.rng.random_range(0..self.items.len())])
+            .collect();
+        let ip = format!(
+            "10.{}.{}.7",
+            self.rng.random::<u8>(),
+            self.rng.random::<u8>()
+        );
         doc! {
             "_id": values::oid(&mut self.rng),
             "rating": self.rng.random_range(0..=5),

@@ -13,12 +13,12 @@ pub(super) const PAUSE: Duration = Duration::from_millis(25);
 
 /// Elections, networks, lock conflicts, index builds in the way, a write block (371).
 const AGAIN: &[i32] = &[
-    6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107, 11600,
-    11602, 13435, 13436,
+    6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107,
+    11600, 11602, 13435, 13436,
 ];
 
 /// What follows from a belief that a disturbance made wrong: things that exist, or do not.
-const AFTER_DISTURBANCE: &[i32] = &[20, 26, 27, 48, 68, 72, 85, 86, 121, 166, 11000];
+const AFTER_DISTURBANCE: &[i32] = &[20, 26, 27, 48, 68, 72, 85, 86, 121, 166, 201, 11000];
 
 /// One attempt's result.
 #[derive(Debug)]
@@ -90,9 +90,14 @@ fn read_reply(reply: &Document, expect: &[i32], disturbed: bool) -> Result<Reply
         if codes.iter().any(|code| AGAIN.contains(code)) {
             return Ok(Reply::Again(format!("{errors:?}")));
         }
-        match codes.iter().find(|code| !is_expected(**code, expect, disturbed)) {
+        match codes
+            .iter()
+            .find(|code| !is_expected(**code, expect, disturbed))
+        {
             Some(_) => bail!("unexpected write errors: {errors:?}"),
-            None if !changed(reply) => return Ok(Reply::Refused(codes.first().copied().unwrap_or(0))),
+            None if !changed(reply) => {
+                return Ok(Reply::Refused(codes.first().copied().unwrap_or(0)));
+            }
             None => return Ok(Reply::Done(true)),
         }
     }
@@ -105,14 +110,17 @@ fn read_reply(reply: &Document, expect: &[i32], disturbed: bool) -> Result<Reply
 /// True when a reply says that something changed. Schema changes answer no counts: they did.
 fn changed(reply: &Document) -> bool {
     let number = |document: &Document, name: &str| {
-        document.get(name).and_then(|n| n.as_i64().or_else(|| n.as_i32().map(i64::from)))
+        document
+            .get(name)
+            .and_then(|n| n.as_i64().or_else(|| n.as_i32().map(i64::from)))
     };
     if let Ok(last) = reply.get_document("lastErrorObject") {
         return number(last, "n") != Some(0);
     }
-    if let (Some(before), Some(after)) =
-        (number(reply, "numIndexesBefore"), number(reply, "numIndexesAfter"))
-    {
+    if let (Some(before), Some(after)) = (
+        number(reply, "numIndexesBefore"),
+        number(reply, "numIndexesAfter"),
+    ) {
         return after > before;
     }
     match number(reply, "nModified") {
@@ -123,5 +131,10 @@ fn changed(reply: &Document) -> bool {
 
 /// The first field's name of a command, for messages.
 pub(super) fn command_name(command: &RawDocument) -> String {
-    command.iter().flatten().next().map(|(key, _)| key.as_str().to_owned()).unwrap_or_default()
+    command
+        .iter()
+        .flatten()
+        .next()
+        .map(|(key, _)| key.as_str().to_owned())
+        .unwrap_or_default()
 }

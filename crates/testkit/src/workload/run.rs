@@ -1,5 +1,6 @@
 //! Sends generated operations to a cluster, through elections and lost connections.
 
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -39,7 +40,11 @@ pub(super) struct Stop {
 
 impl Stop {
     pub(super) fn new(until: Until) -> Self {
-        let mut stop = Self { left: AtomicU64::new(u64::MAX), deadline: None, flag: None };
+        let mut stop = Self {
+            left: AtomicU64::new(u64::MAX),
+            deadline: None,
+            flag: None,
+        };
         match until {
             Until::Operations(count) => stop.left = AtomicU64::new(count),
             Until::Elapsed(time) => stop.deadline = Some(Instant::now() + time),
@@ -50,15 +55,22 @@ impl Stop {
 
     /// True when the run shall end now, also in the middle of trying again.
     pub(super) fn is_over(&self) -> bool {
-        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
-            || self.flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed))
+        self.deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
+            || self
+                .flag
+                .as_ref()
+                .is_some_and(|flag| flag.load(Ordering::Relaxed))
     }
 
     /// Takes the right to one more operation.
     pub(super) fn take(&self) -> bool {
         let take = |left: u64| left.checked_sub(1);
         !self.is_over()
-            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+            && self
+                .left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+                .is_ok()
     }
 }
 
@@ -84,6 +96,24 @@ struct Run<'a> {
     /// Set at the first lost outcome: from then on the generator's belief may be wrong.
     disturbed: AtomicBool,
     counts: Mutex<Counts>,
+}
+
+/// A session whose transaction numbers are ours.
+struct Numbered {
+    // Never given back: the driver's own, lower numbers would then be refused as too old.
+    session: ManuallyDrop<ClientSession>,
+    number: i64,
+}
+
+impl Numbered {
+    async fn start(client: &Client) -> Result<Self> {
+        // Above any number the driver has used on a session that it takes from its pool.
+        let session = ManuallyDrop::new(client.start_session().await?);
+        Ok(Self {
+            session,
+            number: 1 << 40,
+        })
+    }
 }
 
 enum Outcome {
@@ -123,10 +153,9 @@ impl Workload {
         };
         if !self.setup_done.swap(true, Ordering::Relaxed) {
             let ops = lock(&self.generator).setup();
-            let mut session = client.start_session().await?;
-            let mut number = 0;
+            let mut numbered = Numbered::start(client).await?;
             for op in ops {
-                run.operation(op, &mut session, &mut number).await?;
+                run.operation(op, &mut numbered).await?;
             }
         }
         futures::future::try_join_all((0..self.writers).map(|_| run.writer()))
@@ -148,35 +177,31 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Run<'_> {
     async fn writer(&self) -> Result<()> {
-        // Start the session late and again: the cluster may be without a primary just now.
-        let mut session = self.client.start_session().await?;
-        let mut number = 0;
+        let mut numbered = Numbered::start(self.client).await?;
         while self.stop.take() {
             let op = lock(&self.workload.generator).next_op();
-            self.operation(op, &mut session, &mut number).await?;
+            self.operation(op, &mut numbered).await?;
         }
         Ok(())
     }
 
-    async fn operation(
-        &self,
-        op: Op,
-        session: &mut ClientSession,
-        number: &mut i64,
-    ) -> Result<()> {
+    async fn operation(&self, op: Op, numbered: &mut Numbered) -> Result<()> {
         let outcome = match op.mode {
             Mode::Plain => self.plain(&op).await,
-            Mode::Retryable => {
-                *number += 1;
-                self.retryable(&op, session, *number).await
-            }
+            Mode::Retryable => self.retryable(&op, numbered).await,
             Mode::Transaction { commit } => self.transaction(&op, commit).await,
             Mode::Counter(counter) => self.count(&op, counter).await,
         };
         let outcome = outcome.with_context(|| {
             let first = op.steps.first();
-            let name = first.map(|step| retry::command_name(&step.command)).unwrap_or_default();
-            format!("operation '{}' ({name} on {:?})", op.kind.name(), first.map(|s| &s.database))
+            let name = first
+                .map(|step| retry::command_name(&step.command))
+                .unwrap_or_default();
+            format!(
+                "operation '{}' ({name} on {:?})",
+                op.kind.name(),
+                first.map(|s| &s.database)
+            )
         })?;
         self.tally(op.kind, outcome);
         Ok(())
@@ -217,21 +242,25 @@ impl Run<'_> {
     }
 
     /// One statement under a transaction number: however often it is sent, it is applied once.
-    async fn retryable(
-        &self,
-        op: &Op,
-        session: &mut ClientSession,
-        number: i64,
-    ) -> Result<Outcome> {
-        let step = op.steps.first().context("a retryable operation has one step")?;
+    async fn retryable(&self, op: &Op, numbered: &mut Numbered) -> Result<Outcome> {
+        let step = op
+            .steps
+            .first()
+            .context("a retryable operation has one step")?;
         let mut command = with_concern(step, op.majority);
-        command.append(bson::raw::cstr!("txnNumber"), number);
-        Ok(match self.insist(op, step, command, Some(session)).await? {
-            Some(Reply::Done(true)) => Outcome::Done,
-            Some(Reply::Refused(code)) => Outcome::Refused(code),
-            Some(_) => Outcome::Idle,
-            None => Outcome::Unknown,
-        })
+        numbered.number += 1;
+        command.append(bson::raw::cstr!("txnNumber"), numbered.number);
+        Ok(
+            match self
+                .insist(op, step, command, Some(&mut *numbered.session))
+                .await?
+            {
+                Some(Reply::Done(true)) => Outcome::Done,
+                Some(Reply::Refused(code)) => Outcome::Refused(code),
+                Some(_) => Outcome::Idle,
+                None => Outcome::Unknown,
+            },
+        )
     }
 
     /// Sends until there is an answer; none when the run ends first.
@@ -266,7 +295,10 @@ impl Run<'_> {
             return Ok(false);
         }
         if Instant::now() > patience {
-            bail!("no success for {:?}, last: {reason}", self.workload.patience);
+            bail!(
+                "no success for {:?}, last: {reason}",
+                self.workload.patience
+            );
         }
         tokio::time::sleep(PAUSE).await;
         Ok(true)
@@ -291,14 +323,24 @@ impl Run<'_> {
         op: &Op,
         commit: bool,
     ) -> Result<std::result::Result<Outcome, String>> {
-        let concern = if op.majority { WriteConcern::majority() } else { WriteConcern::nodes(1) };
+        let concern = if op.majority {
+            WriteConcern::majority()
+        } else {
+            WriteConcern::nodes(1)
+        };
         let mut session = self.client.start_session().await?;
         session.start_transaction().write_concern(concern).await?;
         for step in &op.steps {
             let db = self.client.database(&step.database);
             let command = step.command.clone();
-            let sent =
-                retry::send(&db, command, Some(&mut session), op.expect, self.disturbed()).await;
+            let sent = retry::send(
+                &db,
+                command,
+                Some(&mut session),
+                op.expect,
+                self.disturbed(),
+            )
+            .await;
             let give_up = match sent? {
                 Reply::Done(_) => continue,
                 Reply::Refused(code) => Ok(Outcome::Refused(code)),
@@ -328,10 +370,19 @@ impl Run<'_> {
 
     /// One increment, sent once.
     async fn count(&self, op: &Op, counter: i32) -> Result<Outcome> {
-        let step = op.steps.first().context("a counter operation has one step")?;
+        let step = op
+            .steps
+            .first()
+            .context("a counter operation has one step")?;
         let db = self.client.database(&step.database);
-        let reply =
-            retry::send(&db, with_concern(step, true), None, op.expect, self.disturbed()).await?;
+        let reply = retry::send(
+            &db,
+            with_concern(step, true),
+            None,
+            op.expect,
+            self.disturbed(),
+        )
+        .await?;
         let mut ledger = lock(&self.workload.ledger);
         Ok(match reply {
             Reply::Done(_) => {
@@ -351,7 +402,11 @@ impl Run<'_> {
 /// The step's command with its write concern.
 fn with_concern(step: &Step, majority: bool) -> RawDocumentBuf {
     let mut command = step.command.clone();
-    let concern = if majority { rawdoc! { "w": "majority" } } else { rawdoc! { "w": 1 } };
+    let concern = if majority {
+        rawdoc! { "w": "majority" }
+    } else {
+        rawdoc! { "w": 1 }
+    };
     command.append(bson::raw::cstr!("writeConcern"), concern);
     command
 }

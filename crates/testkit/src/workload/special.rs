@@ -20,9 +20,10 @@ impl Generator {
                 self.insert_large(kind, size, None)
             }
             Kind::EventOverLimit => {
-                // The event holds `_id` twice: with a large one it no longer fits into 16 MB.
+                // The oplog entry holds `_id` twice and just fits. The event holds it twice more, as
+                // hexadecimal in the resume token, and does not.
                 let id = format!("{}{}", self.serial(), "k".repeat(300_000));
-                self.insert_large(kind, DOCUMENT_LIMIT - 301_000, Some(Bson::String(id)))
+                self.insert_large(kind, DOCUMENT_LIMIT - 650_000, Some(Bson::String(id)))
             }
             Kind::UpdateLarge | Kind::ReplaceLarge => self.change_large(kind),
             _ => self.make_beyond(kind),
@@ -44,10 +45,9 @@ impl Generator {
     }
 
     fn insert_large(&mut self, kind: Kind, size: usize, id: Option<Bson>) -> Option<Op> {
-        let ns = self.pick_where(|coll| {
-            coll.flavour == super::model::Flavour::Plain && !coll.is_full()
-        })?;
-        self.spend(size)?;
+        let ns = self
+            .pick_where(|coll| coll.flavour == super::model::Flavour::Plain && !coll.is_full())?;
+        self.spend(size + id.as_ref().map_or(0, text_len))?;
         let group = self.serial() as i32;
         let slot = self.new_slot(&ns, group, Shape::Large);
         if let Some(id) = &id {
@@ -73,7 +73,7 @@ impl Generator {
             return Some(Self::update(kind, &ns, filter, update));
         }
         let size = self.large_size();
-        self.spend(size)?;
+        self.spend(size + 2 * text_len(&slot.id))?;
         let document = self.large(slot.id, slot.group, size.min(DOCUMENT_LIMIT - 400_000));
         Some(Self::update(kind, &ns, filter, document))
     }
@@ -85,9 +85,10 @@ impl Generator {
         let series = format!("series{}", serial % 2);
         let date = values::date(&mut self.rng);
         let (command, expect): (_, &[i32]) = match kind {
-            Kind::CappedCreate => {
-                (doc! { "create": capped, "capped": true, "size": 10_000, "max": 20 }, &[48])
-            }
+            Kind::CappedCreate => (
+                doc! { "create": capped, "capped": true, "size": 10_000, "max": 20 },
+                &[48],
+            ),
             Kind::CappedInsert => {
                 let document = doc! { "_id": serial, "t": date };
                 (doc! { "insert": capped, "documents": [document] }, &[])
@@ -123,4 +124,8 @@ impl Generator {
         let command = doc! { "aggregate": &ns.1, "pipeline": [matching, last], "cursor": {} };
         Some(Op::ddl(kind, vec![Step::new(&ns.0, command)], &[]))
     }
+}
+
+fn text_len(id: &Bson) -> usize {
+    id.as_str().map_or(0, str::len)
 }
