@@ -243,7 +243,7 @@ impl Generator {
         let id = self.fresh_id(&ns);
         let slot = Slot {
             id: id.clone(),
-            ..old.clone()
+            ..old
         };
         self.model.coll(&ns).slots.push(slot);
         let document = values::standard(&mut self.rng, id, old.group, old.unique);

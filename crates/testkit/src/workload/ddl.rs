@@ -153,7 +153,9 @@ impl Generator {
         let (name, mut index) = index(kind)?;
         let ns = self.pick_where(|coll| !coll.indexes.contains(name))?;
         let coll = self.model.coll(&ns);
-        if kind == Kind::IndexText && coll.flavour == Flavour::Collation {
+        // A text index knows no other; and a symbol, which these may meet, is not indexed under one.
+        let simple = [Kind::IndexText, Kind::IndexWildcard, Kind::IndexCompound].contains(&kind);
+        if simple && coll.flavour == Flavour::Collation {
             index.insert("collation", doc! { "locale": "simple" });
         }
         coll.indexes.insert(name);

@@ -14,7 +14,7 @@ pub(super) const PAUSE: Duration = Duration::from_millis(25);
 /// Elections, networks, lock conflicts, index builds in the way, a write block (371).
 const AGAIN: &[i32] = &[
     6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107,
-    11600, 11602, 13435, 13436,
+    11600, 11602, 12587, 13435, 13436,
 ];
 
 /// What follows from a belief that a disturbance made wrong: things that exist, or do not.

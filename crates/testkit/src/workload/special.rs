@@ -116,12 +116,15 @@ impl Generator {
 
     fn aggregate_into(&mut self, kind: Kind) -> Option<Op> {
         let ns = self.pick_where(|coll| !coll.slots.is_empty())?;
-        let matching = doc! { "$match": { "n": { "$type": "number" } } };
+        // `$merge` takes neither a null `_id` nor names that begin with `$`.
+        let matching = doc! { "$match": { "n": { "$type": "number" }, "_id": { "$ne": null } } };
+        let fields = doc! { "$project": { "n": 1, "s": 1, "arr": 1, "grid": 1 } };
         let last = match kind {
             Kind::Out => doc! { "$out": "out" },
             _ => doc! { "$merge": { "into": "merged", "whenMatched": "replace" } },
         };
-        let command = doc! { "aggregate": &ns.1, "pipeline": [matching, last], "cursor": {} };
+        let command =
+            doc! { "aggregate": &ns.1, "pipeline": [matching, fields, last], "cursor": {} };
         Some(Op::ddl(kind, vec![Step::new(&ns.0, command)], &[]))
     }
 }
