@@ -41,21 +41,27 @@ pub enum Kind {
 
 /// A failed MongoDB operation.
 #[derive(Debug, thiserror::Error)]
-#[error("{doing}: {source}")]
+#[error("{doing}: {detail}")]
 pub struct Failure {
     /// What was being done, in the present tense.
     pub doing: &'static str,
     /// What the failure means.
     pub kind: Kind,
-    /// The driver's error.
-    #[source]
-    pub source: Box<DriverError>,
+    /// The transaction was certainly not committed and may be run again as a whole.
+    pub transaction_aborted: bool,
+    /// What the driver or the server said.
+    pub detail: String,
 }
 
 impl Failure {
     /// Names the operation that failed.
     pub fn of(doing: &'static str) -> impl FnOnce(DriverError) -> Self {
-        move |source| Self { doing, kind: classify(&source), source: Box::new(source) }
+        move |error| Self {
+            doing,
+            kind: classify(&error),
+            transaction_aborted: error.contains_label("TransientTransactionError"),
+            detail: error.to_string(),
+        }
     }
 
     /// Whether trying again can help.
@@ -77,7 +83,7 @@ impl Failure {
 const TRANSIENT: [i32; 24] = [
     6, 7, 24, 50, 63, 64, 89, 91, 112, 133, 134, 150, 189, 234, 237, 251, 262, 317, 358, 9001, 10058, 10107, 11600, 11602,
 ];
-const TRANSIENT_MORE: [i32; 5] = [13388, 13435, 13436, 43, 202];
+const TRANSIENT_MORE: [i32; 6] = [13388, 13435, 13436, 43, 202, 12587];
 
 /// Decides what a driver error means.
 pub fn classify(error: &DriverError) -> Kind {
@@ -140,7 +146,15 @@ pub async fn run(
 /// The server refused or could not be reached; `writeErrors` of the reply are not errors here.
 pub async fn run_majority(client: &Client, db: &str, mut command: Document, doing: &'static str) -> Result<Document, Failure> {
     command.insert("writeConcern", majority());
-    client.database(db).run_command(command).await.map_err(Failure::of(doing))
+    let reply = client.database(db).run_command(command).await.map_err(Failure::of(doing))?;
+    // A generic command's reply is not searched by the driver: the write may stand on the primary alone.
+    match reply.get_document("writeConcernError") {
+        Ok(error) => {
+            let detail = format!("not written by a majority: {error}");
+            Err(Failure { doing, kind: Kind::Transient, transaction_aborted: false, detail })
+        }
+        Err(_) => Ok(reply),
+    }
 }
 
 /// What the server says about itself and its replica set.

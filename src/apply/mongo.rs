@@ -500,7 +500,7 @@ impl Target for MongoTarget {
         match self.run_transaction(&mut session, held.term, transaction, &steps).await {
             Ok(()) => match session.commit_transaction().await.map_err(Failure::of("commit a transaction")) {
                 Ok(()) => Ok(()),
-                Err(failure) if failure.source.contains_label("TransientTransactionError") => {
+                Err(failure) if failure.transaction_aborted => {
                     Err(TargetError::Transient(failure.to_string()).into())
                 }
                 // Committed or not: only the stored lanes can tell.
