@@ -7,4 +7,5 @@
 pub mod apply;
 pub mod model;
 pub mod mongo;
+pub mod outbox;
 pub mod source;

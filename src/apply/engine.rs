@@ -22,8 +22,8 @@ use super::route::{Router, Unit};
 use super::target::{
     CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
 };
-use crate::model::{ClusterTime, CollectionUuid, LaneId, Position, SiteName, StreamHash, Term, hash, raw};
-use crate::outbox::{self, Log, Reader, Stored};
+use crate::model::{ClusterTime, CollectionUuid, Incarnation, LaneId, Position, SiteName, StreamHash, Term, hash, raw};
+use crate::outbox::{self, Disposition, Log, Reader, Stored};
 
 /// Fetches documents from the source (rule K).
 pub trait FetchClient: Send + Sync + 'static {
@@ -68,6 +68,8 @@ pub struct ApplyStatus {
     pub healed: u64,
     /// Transactions tried again.
     pub retries: u64,
+    /// Stored records that failed their crc.
+    pub corrupt: u64,
     /// All lanes stand at one position and no unit is partly applied.
     pub at_cut: bool,
     /// While documents are ahead of their lane: where the target will be consistent again.
@@ -92,7 +94,6 @@ pub struct Options {
 }
 
 /// The apply task of one stream.
-#[derive(Debug)]
 pub struct Engine<T, F> {
     target: Arc<T>,
     fetch: Arc<F>,
@@ -174,7 +175,10 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             }
             let wait = match end {
                 End::Cancelled => return Ok(()),
-                End::Inbox(error) => return Err(error.into()),
+                End::Inbox(error) => {
+                    self.recover(error).await?;
+                    delay
+                }
                 End::Target(TargetError::Deposed(term)) => return Err(Error::Deposed(term)),
                 End::Target(TargetError::Fatal { message, hint }) => {
                     self.enter(Phase::Failed { message, hint });
@@ -191,6 +195,30 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+    }
+
+    /// A damaged inbox is cut back to its last good record; the source ships the rest again.
+    async fn recover(&self, error: outbox::Error) -> Result<(), Error> {
+        if error.disposition() != Disposition::Recapture {
+            return Err(error.into());
+        }
+        self.enter(Phase::Retrying(error.to_string()));
+        if let outbox::Error::Corrupt { .. } = error {
+            self.status.send_modify(|status| status.corrupt += 1);
+            match self.inbox.salvage().await? {
+                Some((end, hash)) => self.inbox.rewind(end, hash, None).await?,
+                None => self.begin_inbox_again().await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing of the inbox is readable: it begins again where the stored floor is.
+    async fn begin_inbox_again(&self) -> Result<(), Error> {
+        if let (Some(state), Ok(Some(record))) = (self.inbox.state(), self.target.record().await) {
+            self.inbox.begin(record.incarnation, state.epoch, record.floor, record.hash, None).await?;
+        }
+        Ok(())
     }
 
     /// Logs a phase once when it is entered.
@@ -267,6 +295,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             idle: (0..self.options.workers).collect(),
             borders: VecDeque::new(),
             election,
+            incarnation: record.incarnation,
             confirmed: claim.record.floor,
             persisted: claim.record.floor,
             to_persist: None,
@@ -332,6 +361,7 @@ struct Session<'e, T, F> {
     /// Ends of batches read, with the stream hash there.
     borders: VecDeque<(Position, StreamHash)>,
     election: Election,
+    incarnation: Incarnation,
     confirmed: Position,
     persisted: Position,
     to_persist: Option<(Position, StreamHash)>,
@@ -497,7 +527,7 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
     fn confirmed(&mut self, floor: Position, persisted: Option<Position>) {
         if let Some(position) = persisted {
             self.persisted = position;
-            self.engine.inbox.release(position);
+            self.engine.inbox.release(self.incarnation, position);
         }
         self.confirmed = self.confirmed.max(floor);
         while let Some((position, hash)) = self.borders.front().copied() {
@@ -513,7 +543,8 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
     }
 
     fn publish(&self) {
-        let refused = self.catalog.entries().values().filter_map(|entry| match &entry.presence {
+        let entries = self.catalog.entries();
+        let refused = entries.values().filter_map(|entry| match &entry.presence {
             Presence::Refused(reason) => Some((format!("{}.{}", entry.db, entry.coll), reason.clone())),
             _ => None,
         });

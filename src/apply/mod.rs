@@ -12,7 +12,7 @@
 pub mod catalog;
 mod ddl;
 pub mod delta;
-//pub mod engine;
+pub mod engine;
 pub mod lanes;
 pub mod mongo;
 pub mod plan;

@@ -5,19 +5,16 @@
 //! queue. When the outbox is full, capture stops and says so: the oplog still holds the history.
 
 use std::collections::VecDeque;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::chunk::{ChunkError, Chunker, Cut, Reply};
 use super::tail::{StartAt, Tail, TailError, TailStream};
 use crate::model::{Epoch, Incarnation, Position, StreamHash};
-use crate::outbox::{self, Log, LogState};
+use crate::outbox::{self, Commit, Disposition, Log, LogState};
 
 /// What capture is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -95,7 +92,6 @@ pub struct History {
 }
 
 /// The capture task.
-#[derive(Debug)]
 pub struct Capture<T> {
     tail: T,
     log: Log,
@@ -113,8 +109,6 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The resume token is persisted at least this often while nothing is captured, so it never ages out of the oplog.
 const TOKEN_EVERY: Duration = Duration::from_secs(1);
-
-type Pending = Pin<Box<dyn Future<Output = Result<LogState, outbox::Error>> + Send>>;
 
 enum Outcome {
     Cancelled,
@@ -199,10 +193,12 @@ impl<T: Tail> Capture<T> {
         let backoff = *delay;
         *delay = (*delay * 2).min(RETRY_MAX);
         let (phase, wait) = match reason {
-            EndReason::Outbox(outbox::Error::Full { .. }) => {
-                (Phase::Full("the outbox has reached data.outbox_limit".into()), Some(Duration::from_secs(1)))
-            }
-            EndReason::Outbox(error) => return Err(error),
+            EndReason::Outbox(error) => match error.disposition() {
+                Disposition::Wait => (Phase::Full(error.to_string()), Some(Duration::from_secs(1))),
+                // The outbox was begun anew underneath: go on from its state.
+                Disposition::Refused | Disposition::Recapture => (Phase::Retrying(error.to_string()), Some(backoff)),
+                Disposition::Restart | Disposition::Operator => return Err(error),
+            },
             EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
             EndReason::Tail(TailError::HistoryLost(reason)) => (Phase::HistoryLost(reason), Some(RETRY_MAX)),
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
@@ -273,7 +269,7 @@ impl<T: Tail> Capture<T> {
         trimmed: bool,
         cancel: &CancellationToken,
     ) -> Outcome {
-        let mut pending: VecDeque<Pending> = VecDeque::new();
+        let mut pending: VecDeque<Commit> = VecDeque::new();
         let mut token_saved = tokio::time::Instant::now();
         loop {
             let step = tokio::select! {
@@ -341,10 +337,10 @@ impl<T: Tail> Capture<T> {
         });
     }
 
-    async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Pending>) -> Result<(), outbox::Error> {
+    async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Commit>) -> Result<(), outbox::Error> {
         for Cut { batch, token } in cuts {
             let durable = self.log.enqueue(batch, Some(token)).await?;
-            pending.push_back(Box::pin(durable));
+            pending.push_back(durable);
         }
         Ok(())
     }
@@ -357,7 +353,7 @@ enum Step {
     Reply(Option<Result<Reply, TailError>>),
 }
 
-async fn next_durable(pending: &mut VecDeque<Pending>) -> Result<LogState, outbox::Error> {
+async fn next_durable(pending: &mut VecDeque<Commit>) -> Result<LogState, outbox::Error> {
     match pending.front_mut() {
         Some(durable) => durable.await,
         None => std::future::pending().await,
@@ -365,7 +361,7 @@ async fn next_durable(pending: &mut VecDeque<Pending>) -> Result<LogState, outbo
 }
 
 /// Lets queued writes finish, so that the next session starts from what is really durable.
-async fn finish(pending: VecDeque<Pending>, outcome: Outcome) -> Outcome {
+async fn finish(pending: VecDeque<Commit>, outcome: Outcome) -> Outcome {
     for durable in pending {
         if let Err(error) = durable.await {
             return Outcome::Ended(EndReason::Outbox(error));

@@ -4,7 +4,7 @@
 //! (pure), [`capture`] joins both to the outbox, [`heartbeat`] keeps positions moving while users are idle, [`fetch`]
 //! answers a target that needs a document again, [`origin`] knows the identity of the source's history.
 
-//pub mod capture;
+pub mod capture;
 pub mod chunk;
 pub mod fetch;
 pub mod heartbeat;
