@@ -5,6 +5,8 @@
 
 pub mod completion;
 pub mod config;
+#[cfg(test)]
+mod e2e;
 mod exit;
 mod json;
 pub mod lag;
