@@ -5,3 +5,4 @@
 //! [`model`] is the vocabulary they share; `agent` puts them together. See `docs/ARCHITECTURE.md`.
 
 pub mod model;
+pub mod outbox;
