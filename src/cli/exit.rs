@@ -86,7 +86,8 @@ impl From<tonic::Status> for Failure {
                 Self::new("the agent does not know this command", "use the version of farshore that the agent runs")
             }
             Code::InvalidArgument => Self::new(message, "").with(Exit::Usage),
-            Code::DeadlineExceeded | Code::Cancelled => {
+            Code::Cancelled => Self::new(format!("the connection to the agent was lost: {message}"), "try again"),
+            Code::DeadlineExceeded => {
                 Self::new("the agent did not answer in time", "try again, or allow more with --timeout")
             }
             _ => Self::new(message, ""),

@@ -218,13 +218,13 @@ mod tests {
     fn columns_line_up_with_and_without_colour() {
         let rows = || vec![vec![Cell::new("streaming", Tone::Good), "1".into()], vec!["x\u{1b}[2J".into(), "".into()]];
         let plain = table(Style::default(), &["STATE", "N"], rows());
-        assert_eq!(plain, "STATE        N\nstreaming    1\nx\\u{1b}[2J  -\n");
+        assert_eq!(plain, "STATE       N\nstreaming   1\nx\\u{1b}[2J  -\n");
         let colored = table(Style { color: true, ascii: false }, &["STATE", "N"], rows());
-        assert!(colored.contains("\u{1b}[32mstreaming\u{1b}[0m    1\n"), "{colored}");
+        assert!(colored.contains("\u{1b}[32mstreaming\u{1b}[0m   1\n"), "{colored}");
     }
 
     #[test]
     fn json_is_versioned() {
-        assert_eq!(line("X", json!({"a": 1})), "{\"apiVersion\":\"farshore/v1\",\"kind\":\"X\",\"a\":1}\n");
+        assert_eq!(line("X", json!({"a": 1})), "{\"a\":1,\"apiVersion\":\"farshore/v1\",\"kind\":\"X\"}\n");
     }
 }

@@ -92,7 +92,7 @@ impl Remote {
     /// What a failed call means. With TLS 1.3 a server refuses a client's certificate only after the client believes to be
     /// connected, so a broken connection is looked at again.
     pub async fn explain(&self, status: tonic::Status) -> Failure {
-        let broken = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal);
+        let broken = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled);
         let refused = if broken { refusal(&self.args, &self.tls).await } else { None };
         refused.unwrap_or_else(|| status.into())
     }

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use crate::model::Position;
 
 /// `12 MiB`, `1.5 GiB`, `0 B`.
-pub fn bytes(n: u64) -> String {
+pub(super) fn bytes(n: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if n < 1024 {
         return format!("{n} B");
@@ -23,7 +23,7 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// `12`, `4.1k`, `41.2M`.
-pub fn count(n: f64) -> String {
+pub(super) fn count(n: f64) -> String {
     match n {
         n if n < 999.5 => format!("{n:.0}"),
         n if n < 999_950.0 => format!("{:.1}k", n / 1e3),
@@ -33,7 +33,7 @@ pub fn count(n: f64) -> String {
 }
 
 /// `0.3s`, `42s`, `5m12s`, `3h10m`, `2d4h`; `unknown` when negative.
-pub fn span(ms: i64) -> String {
+pub(super) fn span(ms: i64) -> String {
     let Ok(ms) = u64::try_from(ms) else { return "unknown".to_owned() };
     let seconds = ms / 1000;
     match seconds {
@@ -46,7 +46,7 @@ pub fn span(ms: i64) -> String {
 }
 
 /// `0.4ms` or `18ms`; `-` when unknown.
-pub fn rtt(us: i64) -> String {
+pub(super) fn rtt(us: i64) -> String {
     match us {
         ..=0 => "-".to_owned(),
         us if us < 10_000 => format!("{}.{}ms", us / 1000, us % 1000 / 100),
@@ -55,33 +55,33 @@ pub fn rtt(us: i64) -> String {
 }
 
 /// `2026-11-20T14:02:10Z`; empty when it is no time.
-pub fn time(ms: i64) -> String {
+pub(super) fn time(ms: i64) -> String {
     Timestamp::from_second(ms.div_euclid(1000)).map(|time| time.to_string()).unwrap_or_default()
 }
 
 /// `14:02:10Z`
-pub fn clock(ms: i64) -> String {
+pub(super) fn clock(ms: i64) -> String {
     let of_day = ms.div_euclid(1000).rem_euclid(86_400);
     format!("{:02}:{:02}:{:02}Z", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
 
 /// `2026-11-20T14:02:10Z (3m5s ago)`; `-` for 0, which means never.
-pub fn since(ms: i64, now_ms: i64) -> String {
+pub(super) fn since(ms: i64, now_ms: i64) -> String {
     if ms <= 0 { "-".to_owned() } else { format!("{} ({} ago)", time(ms), span((now_ms - ms).max(0))) }
 }
 
 /// A position as commands take it back.
-pub fn position(position: Option<WirePosition>) -> String {
+pub(super) fn position(position: Option<WirePosition>) -> String {
     position.map(|position| Position::from(position).to_string()).unwrap_or_default()
 }
 
 /// A position's cluster time, with its age.
-pub fn position_time(position: Option<WirePosition>, now_ms: i64) -> String {
+pub(super) fn position_time(position: Option<WirePosition>, now_ms: i64) -> String {
     position.map_or_else(|| "-".to_owned(), |position| since(Position::from(position).time.millis(), now_ms))
 }
 
 /// How far `behind` is behind `ahead`. Cluster times count whole seconds, so less than one is told as such.
-pub fn distance(ahead: Option<WirePosition>, behind: Option<WirePosition>) -> String {
+pub(super) fn distance(ahead: Option<WirePosition>, behind: Option<WirePosition>) -> String {
     match distance_seconds(ahead, behind) {
         None => "-".to_owned(),
         Some(0) if ahead != behind => "<1s".to_owned(),
@@ -91,7 +91,7 @@ pub fn distance(ahead: Option<WirePosition>, behind: Option<WirePosition>) -> St
 }
 
 /// The same in whole seconds.
-pub fn distance_seconds(ahead: Option<WirePosition>, behind: Option<WirePosition>) -> Option<u64> {
+pub(super) fn distance_seconds(ahead: Option<WirePosition>, behind: Option<WirePosition>) -> Option<u64> {
     let (ahead, behind) = (Position::from(ahead?), Position::from(behind?));
     Some(u64::from(ahead.time.seconds().saturating_sub(behind.time.seconds())))
 }

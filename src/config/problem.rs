@@ -96,7 +96,12 @@ impl std::error::Error for Problems {}
 
 /// The known name that `name` was probably meant to be.
 pub(super) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    let limit = (name.chars().count() / 3).clamp(1, 3);
+    // Two letters swapped are two edits.
+    let limit = match name.chars().count() {
+        ..4 => 1,
+        4..9 => 2,
+        _ => 3,
+    };
     let by_distance = known.iter().map(|k| (distance(name, k), *k)).min_by_key(|(d, _)| *d);
     let contained = || known.iter().copied().find(|k| name.len() >= 4 && (k.contains(name) || name.contains(k)));
     by_distance.filter(|(d, _)| *d <= limit).map(|(_, k)| k).or_else(contained)
@@ -129,6 +134,7 @@ mod tests {
         assert_eq!(nearest("password", &known), Some("password_file"));
         assert_eq!(nearest("auth-source", &known), Some("auth_source"));
         assert_eq!(nearest("url", &known), Some("uri"));
+        assert_eq!(nearest("nmae", &["name", "domain"]), Some("name"));
         assert_eq!(nearest("colour", &known), None);
         assert_eq!(distance("kitten", "sitting"), 3);
     }

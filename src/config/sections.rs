@@ -134,7 +134,7 @@ fn login(section: &mut Section<'_>) -> Option<Option<Login>> {
 
 fn data(mut section: Section<'_>) -> Option<Data> {
     let directory = section.required_directory("directory");
-    let outbox_limit = section.within("outbox_limit", ByteSize::gib(10), ByteSize::mib(64)..=ByteSize(u64::MAX));
+    let outbox_limit = section.within("outbox_limit", ByteSize::gib(10), ByteSize::mib(64)..=ByteSize::gib(1 << 20));
     // What is kept on purpose must leave the log room to grow, else it stops with nothing to remove.
     let retention_default = ByteSize(ByteSize::gib(10).0.min(outbox_limit.map_or(u64::MAX, |limit| limit.0 / 2)));
     let retention = section.or("retention", retention_default);
@@ -229,7 +229,7 @@ fn admin(mut section: Section<'_>) -> Option<Admin> {
 }
 
 fn memory(mut section: Section<'_>) -> Option<Memory> {
-    let limit = section.within("limit", ByteSize::mib(256), ByteSize::mib(128)..=ByteSize(u64::MAX));
+    let limit = section.within("limit", ByteSize::mib(256), ByteSize::mib(128)..=ByteSize::gib(1 << 10));
     section.finish();
     Some(Memory { limit: limit? })
 }
@@ -288,7 +288,7 @@ fn fleet(root: &Section<'_>, site: Option<&Site>, group: Option<&Group>, peers: 
             );
         }
     }
-    if peers.is_empty() {
+    if peers.is_empty() && !root.has("peers") {
         root.warn(
             "peers",
             "there is none: changes are captured and go nowhere",
