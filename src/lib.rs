@@ -5,7 +5,10 @@
 //! [`model`] is the vocabulary they share; `agent` puts them together. See `docs/ARCHITECTURE.md`.
 
 pub mod admin;
+pub mod apply;
 pub mod cli;
 pub mod config;
 pub mod model;
+pub mod mongo;
 pub mod outbox;
+pub mod source;

@@ -3,8 +3,9 @@
 //! Parsing is one pass over the top-level elements; values stay where they are. A field this version does not know is an
 //! error where ignoring it could change a document (see [`Change::parse`]).
 
-use bson::raw::{RawBsonRef, RawDocument};
+use bson::raw::RawDocument;
 
+use super::raw::{self, Element};
 use super::{CollectionUuid, Position};
 
 /// A collection or view by name.
@@ -77,8 +78,8 @@ impl Op {
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
     /// Not BSON.
-    #[error("change at {position}: invalid bson: {source}")]
-    Bson { position: Position, source: bson::error::Error },
+    #[error("change at {position}: invalid bson")]
+    Bson { position: Position },
     /// A field is missing or of another type.
     #[error("change at {position}: field '{field}' is missing or has an unexpected type")]
     Field { position: Position, field: &'static str },
@@ -136,24 +137,21 @@ impl<'a> Change<'a> {
             trimmed: false,
             raw,
         };
-        let bson = |source| ParseError::Bson { position, source };
         let field = |field| ParseError::Field { position, field };
-        for element in raw.iter_elements() {
-            let element = element.map_err(bson)?;
-            let key = element.key().as_str();
-            let value = || RawBsonRef::try_from(element).map_err(bson);
-            match key {
-                "operationType" => change.op = Op::parse(value()?.as_str().ok_or(field("operationType"))?),
-                "ns" => change.ns = namespace(value()?).ok_or(field("ns"))?,
-                "to" => change.to = Some(namespace(value()?).ok_or(field("to"))?),
+        for element in raw::elements(raw) {
+            let element = element.map_err(|_| ParseError::Bson { position })?;
+            match element.key {
+                "operationType" => change.op = Op::parse(element.str().ok_or(field("operationType"))?),
+                "ns" => change.ns = namespace(&element).ok_or(field("ns"))?,
+                "to" => change.to = Some(namespace(&element).ok_or(field("to"))?),
                 "collectionUUID" => {
-                    let bytes = value()?.as_binary().map(|b| b.bytes);
-                    change.uuid = Some(bytes.and_then(CollectionUuid::from_slice).ok_or(field("collectionUUID"))?);
+                    let uuid = element.binary().and_then(CollectionUuid::from_slice);
+                    change.uuid = Some(uuid.ok_or(field("collectionUUID"))?);
                 }
-                "documentKey" => change.document_key = Some(value()?.as_document().ok_or(field("documentKey"))?),
-                "fullDocument" => change.full_document = value()?.as_document(),
-                "updateDescription" => change.update = value()?.as_document(),
-                "operationDescription" => change.description = value()?.as_document(),
+                "documentKey" => change.document_key = Some(element.document().ok_or(field("documentKey"))?),
+                "fullDocument" => change.full_document = element.document(),
+                "updateDescription" => change.update = element.document(),
+                "operationDescription" => change.description = element.document(),
                 "txnNumber" => change.in_transaction = true,
                 TRIMMED => change.trimmed = true,
                 _ => {}
@@ -169,7 +167,7 @@ impl<'a> Change<'a> {
         };
         need(self.op == Op::Invalidate || self.op == Op::Unsupported || !self.ns.db.is_empty(), "ns")?;
         if self.op.is_crud() {
-            need(self.document_key.is_some_and(|key| matches!(key.get("_id"), Ok(Some(_)))), "documentKey")?;
+            need(self.id().is_some(), "documentKey")?;
             need(self.uuid.is_some(), "collectionUUID")?;
         }
         if !self.trimmed {
@@ -179,17 +177,17 @@ impl<'a> Change<'a> {
                 _ => {}
             }
         }
-        let done = match self.op {
-            Op::Rename => need(self.to.is_some(), "to"),
-            Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription"),
-            _ => Ok(()),
-        };
-        done.map(|()| self)
+        match self.op {
+            Op::Rename => need(self.to.is_some(), "to")?,
+            Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription")?,
+            _ => {}
+        }
+        Ok(self)
     }
 
     /// The `_id` of the changed document.
-    pub fn id(&self) -> Option<RawBsonRef<'a>> {
-        self.document_key.and_then(|key| key.get("_id").ok().flatten())
+    pub fn id(&self) -> Option<Element<'a>> {
+        self.document_key.and_then(|key| raw::get(key, "_id"))
     }
 
     /// Whether this is one of our marks (database `farshore`), which are never applied as data.
@@ -198,10 +196,10 @@ impl<'a> Change<'a> {
     }
 }
 
-fn namespace(value: RawBsonRef<'_>) -> Option<Namespace<'_>> {
-    let document = value.as_document()?;
-    let db = document.get_str("db").ok()?;
-    Some(Namespace { db, coll: document.get_str("coll").unwrap_or("") })
+fn namespace<'a>(element: &Element<'a>) -> Option<Namespace<'a>> {
+    let document = element.document()?;
+    let coll = raw::get(document, "coll").and_then(|c| c.str());
+    Some(Namespace { db: raw::get(document, "db")?.str()?, coll: coll.unwrap_or("") })
 }
 
 #[cfg(test)]
@@ -222,7 +220,7 @@ mod tests {
         };
         let change = Change::parse(Position::ZERO, &raw).expect("valid");
         assert_eq!((change.op, change.ns.db, change.ns.coll), (Op::Insert, "shop", "items"));
-        assert_eq!(change.id(), Some(RawBsonRef::Int32(5)));
+        assert_eq!(change.id().and_then(|id| id.integer()), Some(5));
         assert!(!change.in_transaction && !change.is_mark());
     }
 

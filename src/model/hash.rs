@@ -1,8 +1,8 @@
 //! The stream hash, and the canonical hash that gives a document its lane.
 
-use bson::raw::{RawBsonRef, RawDocument};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
+use super::raw::{self, Element};
 use super::{CollectionUuid, LaneId, Position};
 
 /// A hash that rolls over (position, bytes) of every change of a stream in position order, independent of batch borders.
@@ -33,14 +33,11 @@ impl std::fmt::Debug for StreamHash {
 }
 
 /// The lane of a document: values that MongoDB holds equal (1, 1L, 1.0) land together.
-///
-/// # Errors
-/// The key is not valid BSON.
-pub fn lane_of(uuid: CollectionUuid, id: RawBsonRef<'_>) -> Result<LaneId, bson::error::Error> {
+pub fn lane_of(uuid: CollectionUuid, id: &Element<'_>) -> LaneId {
     let mut hasher = Xxh3::new();
     hasher.update(&uuid.0);
-    canonical(&mut hasher, id)?;
-    Ok(LaneId::of(hasher.digest()))
+    canonical(&mut hasher, id);
+    LaneId::of(hasher.digest())
 }
 
 /// The lane all changes of a one-lane collection use.
@@ -49,87 +46,37 @@ pub fn lane_of_collection(uuid: CollectionUuid) -> LaneId {
 }
 
 /// A 128-bit canonical identity of a document key within a collection, used to order changes of one document.
-///
-/// # Errors
-/// The key is not valid BSON.
-pub fn key_identity(id: RawBsonRef<'_>) -> Result<u128, bson::error::Error> {
+pub fn key_identity(id: &Element<'_>) -> u128 {
     let mut hasher = Xxh3::new();
-    canonical(&mut hasher, id)?;
-    Ok(hasher.digest128())
+    canonical(&mut hasher, id);
+    hasher.digest128()
 }
 
-/// Numbers that compare equal have equal doubles, so their double stands for them; distinct numbers may share one, which
-/// only puts them into one lane.
-fn number(hasher: &mut Xxh3, value: f64) {
-    let value = if value == 0.0 { 0.0 } else { value };
-    let bits = if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() };
-    hasher.update(b"n");
-    hasher.update(&bits.to_le_bytes());
-}
-
-fn canonical(hasher: &mut Xxh3, value: RawBsonRef<'_>) -> Result<(), bson::error::Error> {
-    match value {
-        RawBsonRef::Int32(v) => number(hasher, f64::from(v)),
-        RawBsonRef::Int64(v) => number(hasher, v as f64),
-        RawBsonRef::Double(v) => number(hasher, v),
-        RawBsonRef::Decimal128(v) => number(hasher, v.to_string().parse().unwrap_or(f64::NAN)),
-        RawBsonRef::String(v) | RawBsonRef::Symbol(v) => sized(hasher, b's', v.as_bytes()),
-        RawBsonRef::Document(v) => document(hasher, b'o', v)?,
-        RawBsonRef::Array(v) => document(hasher, b'a', v.as_bytes().try_into_document()?)?,
-        RawBsonRef::ObjectId(v) => sized(hasher, b'i', &v.bytes()),
-        RawBsonRef::Boolean(v) => sized(hasher, b'b', &[u8::from(v)]),
-        RawBsonRef::DateTime(v) => sized(hasher, b'd', &v.timestamp_millis().to_le_bytes()),
-        RawBsonRef::Timestamp(v) => {
-            hasher.update(b"t");
-            hasher.update(&v.time.to_le_bytes());
-            hasher.update(&v.increment.to_le_bytes());
+fn canonical(hasher: &mut Xxh3, element: &Element<'_>) {
+    if let Some(value) = element.number() {
+        // Numbers that compare equal have equal doubles, so their double stands for them; distinct numbers may share
+        // one, which only puts them into one lane.
+        let value = if value == 0.0 { 0.0 } else { value };
+        let bits = if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() };
+        hasher.update(b"n");
+        hasher.update(&bits.to_le_bytes());
+    } else if let Some(document) = element.document() {
+        hasher.update(if element.is_array() { b"a" } else { b"o" });
+        for inner in raw::elements(document).map_while(Result::ok) {
+            sized(hasher, b'k', inner.key.as_bytes());
+            canonical(hasher, &inner);
         }
-        RawBsonRef::Binary(v) => {
-            hasher.update(&[u8::from(v.subtype)]);
-            sized(hasher, b'x', v.bytes);
-        }
-        RawBsonRef::RegularExpression(v) => {
-            sized(hasher, b'r', v.pattern.as_str().as_bytes());
-            sized(hasher, b'r', v.options.as_str().as_bytes());
-        }
-        RawBsonRef::JavaScriptCode(v) => sized(hasher, b'c', v.as_bytes()),
-        RawBsonRef::JavaScriptCodeWithScope(v) => {
-            sized(hasher, b'w', v.code.as_bytes());
-            document(hasher, b'w', v.scope)?;
-        }
-        RawBsonRef::Null | RawBsonRef::Undefined => hasher.update(b"0"),
-        RawBsonRef::MinKey => hasher.update(b"-"),
-        RawBsonRef::MaxKey => hasher.update(b"+"),
-        RawBsonRef::DbPointer(_) => hasher.update(b"p"),
+        hasher.update(b".");
+    } else {
+        let (tag, bytes) = element.canonical_bytes();
+        sized(hasher, tag, bytes);
     }
-    Ok(())
 }
 
 fn sized(hasher: &mut Xxh3, tag: u8, bytes: &[u8]) {
     hasher.update(&[tag]);
     hasher.update(&(bytes.len() as u32).to_le_bytes());
     hasher.update(bytes);
-}
-
-fn document(hasher: &mut Xxh3, tag: u8, document: &RawDocument) -> Result<(), bson::error::Error> {
-    hasher.update(&[tag]);
-    for element in document.iter_elements() {
-        let element = element?;
-        sized(hasher, b'k', element.key().as_str().as_bytes());
-        canonical(hasher, element.try_into()?)?;
-    }
-    hasher.update(b".");
-    Ok(())
-}
-
-trait TryIntoDocument {
-    fn try_into_document(&self) -> Result<&RawDocument, bson::error::Error>;
-}
-
-impl TryIntoDocument for [u8] {
-    fn try_into_document(&self) -> Result<&RawDocument, bson::error::Error> {
-        RawDocument::from_bytes(self)
-    }
 }
 
 #[cfg(test)]
@@ -140,7 +87,7 @@ mod tests {
 
     fn lane(value: Bson) -> LaneId {
         let document = bson::RawDocumentBuf::try_from(&bson::doc! {"_id": value}).expect("encode");
-        lane_of(CollectionUuid([7; 16]), document.get("_id").expect("valid").expect("present")).expect("hash")
+        lane_of(CollectionUuid([7; 16]), &raw::get(&document, "_id").expect("present"))
     }
 
     #[test]

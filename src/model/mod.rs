@@ -6,6 +6,7 @@ pub mod batch;
 pub mod change;
 pub mod hash;
 pub mod ids;
+pub mod raw;
 
 pub use batch::{Batch, BatchBuilder, Changes, Header, RecordError};
 pub use change::{Change, Namespace, Op};

@@ -1,0 +1,67 @@
+//! What the target knows of the source's collections: their UUIDs here, how they are laned, what was done to them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use crate::model::{CollectionUuid, Position};
+
+/// Whether a collection is replicated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It exists at the target under this UUID.
+    Present(CollectionUuid),
+    /// It was dropped; kept until no replay can mention it.
+    Dropped,
+    /// It is not replicated, with the reason; its changes are counted and left out.
+    Refused(String),
+}
+
+/// One collection of the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Database.
+    pub db: String,
+    /// Collection name after the last DDL.
+    pub coll: String,
+    /// Whether and where it is at the target.
+    pub presence: Presence,
+    /// Has a unique index other than `_id`, or a collation: one lane, in source order.
+    pub one_lane: bool,
+    /// Position of the last DDL applied to it.
+    pub ddl_through: Position,
+}
+
+/// All collections by their UUID at the source.
+pub type Entries = BTreeMap<CollectionUuid, Entry>;
+
+/// The entries as shared by workers; DDL replaces them as a whole.
+#[derive(Debug, Default)]
+pub struct Catalog(ArcSwap<Entries>);
+
+impl Catalog {
+    /// Starts with what is stored.
+    pub fn new(entries: Entries) -> Self {
+        Self(ArcSwap::from_pointee(entries))
+    }
+
+    /// The entries as of now.
+    pub fn entries(&self) -> Arc<Entries> {
+        self.0.load_full()
+    }
+
+    /// Replaces one entry. Only the engine's task calls this.
+    pub fn put(&self, uuid: CollectionUuid, entry: Entry) {
+        let mut entries = (*self.entries()).clone();
+        entries.insert(uuid, entry);
+        self.0.store(Arc::new(entries));
+    }
+
+    /// The collection of this name that is present, if any.
+    pub fn named(&self, db: &str, coll: &str) -> Option<(CollectionUuid, Entry)> {
+        let entries = self.entries();
+        let present = |entry: &Entry| !matches!(entry.presence, Presence::Dropped) && entry.db == db && entry.coll == coll;
+        entries.iter().find(|(_, entry)| present(entry)).map(|(uuid, entry)| (*uuid, entry.clone()))
+    }
+}

@@ -1,0 +1,21 @@
+//! The target side: batches from the inbox are applied to the local MongoDB, exactly once.
+//!
+//! ```text
+//! inbox ─► route (units) ─► lanes (what may run) ─► plan (commands) ─► target (one transaction) ─► mongod
+//!                              ▲        │ DDL ─► ddl (by UUID) ─► catalog
+//!                              └────────┴── engine drives all of it
+//! ```
+//!
+//! [`lanes`], [`plan`], [`delta`], [`route`] and [`store`] are pure; [`engine`] is the task; [`mongo`] and [`ddl`] talk to
+//! MongoDB behind the trait in [`target`], which simulations implement in memory.
+
+pub mod catalog;
+mod ddl;
+pub mod delta;
+//pub mod engine;
+pub mod lanes;
+pub mod mongo;
+pub mod plan;
+pub mod route;
+pub mod store;
+pub mod target;

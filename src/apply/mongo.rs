@@ -1,0 +1,630 @@
+//! The real target: lane transactions on the local MongoDB.
+//!
+//! Every transaction's first statement updates its lane documents filtered by term *and* by the position this process
+//! believes they have. So a stale agent commits nothing, and neither does an agent whose earlier commits were rolled back
+//! with a failed primary.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use bson::raw::{RawDocument, RawDocumentBuf};
+use bson::{Document, doc};
+use futures::StreamExt as _;
+use mongodb::options::{Acknowledgment, ReadConcern, WriteConcern};
+use mongodb::{Client, ClientSession};
+use tokio::sync::Mutex;
+
+use super::catalog::{Entries, Entry, Presence};
+use super::delta::Delta;
+use super::lanes::{Item, LaneState, LaneStep};
+use super::plan::{self, Patch, PlanError, Step};
+use super::store;
+use super::target::{
+    Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
+};
+use crate::model::raw::{self, Writer};
+use crate::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, StreamId, Term, hash};
+use crate::mongo::{self, Failure, code};
+
+pub(super) const DB: &str = "farshore";
+
+impl From<Failure> for TargetError {
+    fn from(failure: Failure) -> Self {
+        let message = failure.to_string();
+        match failure.code() {
+            None if failure.is_transient() => Self::Transient(message),
+            Some(code::USER_WRITES_BLOCKED) => Self::Fatal {
+                message,
+                hint: "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README",
+            },
+            Some(code::UNAUTHORIZED | code::AUTHENTICATION_FAILED) => {
+                Self::Fatal { message, hint: "grant the agent's user the role in the README" }
+            }
+            _ => Self::Fatal { message, hint: "see the message of MongoDB" },
+        }
+    }
+}
+
+impl From<store::StoreError> for TargetError {
+    fn from(error: store::StoreError) -> Self {
+        Self::Fatal { message: error.to_string(), hint: "the target's farshore database was written by another version or by hand" }
+    }
+}
+
+/// The sessions and the term of a claim.
+#[derive(Debug, Default)]
+struct Held {
+    term: Term,
+    sessions: Vec<Mutex<ClientSession>>,
+}
+
+/// See the module text.
+#[derive(Debug)]
+pub struct MongoTarget {
+    pub(super) client: Client,
+    pub(super) stream: StreamId,
+    held: tokio::sync::RwLock<Held>,
+}
+
+impl MongoTarget {
+    /// The target of `stream` behind `client`.
+    pub fn new(client: Client, stream: StreamId) -> Self {
+        Self { client, stream, held: tokio::sync::RwLock::default() }
+    }
+
+    fn lane_id(&self, lane: LaneId) -> String {
+        format!("{}/{lane}", self.stream)
+    }
+
+    /// The id of the document every DDL step updates first: the fence against stale agents.
+    fn stream_id(&self) -> String {
+        self.stream.to_string()
+    }
+
+    pub(super) async fn term(&self) -> Term {
+        self.held.read().await.term
+    }
+
+    async fn stored_stream(&self) -> Result<Option<Document>, TargetError> {
+        let streams = self.client.database(DB).collection::<Document>("streams");
+        let found = streams.find_one(doc! {"_id": self.stream_id()}).read_concern(ReadConcern::majority()).await;
+        Ok(found.map_err(Failure::of("read the stream"))?)
+    }
+
+    /// Runs an update with majority write concern and returns how many documents matched.
+    pub(super) async fn update(&self, collection: &str, statements: Vec<Document>, doing: &'static str) -> Result<i32, TargetError> {
+        let command = doc! {"update": collection, "updates": statements, "ordered": true};
+        let reply = mongo::run_majority(&self.client, DB, command, doing).await?;
+        if let Some(error) = first_write_error(&reply) {
+            return match error.code {
+                code::DUPLICATE_KEY => Ok(0),
+                other => Err(TargetError::Fatal { message: format!("{doing}: {}", error.message), hint: hint_of(other) }),
+            };
+        }
+        Ok(reply.get_i32("n").unwrap_or(0))
+    }
+
+    /// Fails unless this process still holds the stream; also makes everything read before it safe to act upon.
+    pub(super) async fn guard(&self, position: Position) -> Result<(), TargetError> {
+        let term = self.term().await;
+        let q = doc! {"_id": self.stream_id(), "term": term.0 as i64};
+        let statement = doc! {"q": q, "u": {"$set": {"ddl": store::position(position)}}};
+        match self.update("streams", vec![statement], "claim a ddl step").await? {
+            1 => Ok(()),
+            _ => Err(self.not_ours().await),
+        }
+    }
+
+    /// Why a term-filtered statement matched nothing.
+    async fn not_ours(&self) -> TargetError {
+        match self.stored_stream().await {
+            Err(error) => error,
+            Ok(Some(stream)) => {
+                let term = Term(stream.get_i64("term").unwrap_or(0) as u64);
+                if term > self.term().await {
+                    TargetError::Deposed(term)
+                } else {
+                    TargetError::Moved("a lane is not where this process left it".into())
+                }
+            }
+            Ok(None) => TargetError::Fatal {
+                message: format!("the record of stream {} is gone", self.stream),
+                hint: "somebody removed farshore.streams at the target; the stream must begin again",
+            },
+        }
+    }
+
+    async fn kill_earlier_sessions(&self, stream: &Document) -> Result<(), TargetError> {
+        let sessions: Vec<Document> =
+            stream.get_array("sessions").into_iter().flatten().filter_map(|s| s.as_document().cloned()).collect();
+        if sessions.is_empty() {
+            return Ok(());
+        }
+        let reply = self.client.database("admin").run_command(doc! {"killSessions": sessions}).await;
+        reply.map_err(Failure::of("free the sessions of an earlier agent"))?;
+        Ok(())
+    }
+
+    async fn read_lanes(&self) -> Result<BTreeMap<String, LaneState>, TargetError> {
+        let filter = doc! {"stream": self.stream_id()};
+        let lanes = self.client.database(DB).collection::<Document>("lanes");
+        let doing = || Failure::of("read the lanes");
+        let mut cursor = lanes.find(filter).read_concern(ReadConcern::majority()).await.map_err(doing())?;
+        let mut found = BTreeMap::new();
+        while let Some(lane) = cursor.next().await.transpose().map_err(doing())? {
+            found.insert(lane.get_str("_id").unwrap_or("").to_owned(), store::read_lane(&lane)?);
+        }
+        Ok(found)
+    }
+
+    async fn read_entries(&self) -> Result<Entries, TargetError> {
+        let catalog = self.client.database(DB).collection::<Document>("catalog");
+        let doing = || Failure::of("read the catalog");
+        let filter = doc! {"_id.stream": self.stream_id()};
+        let mut cursor = catalog.find(filter).read_concern(ReadConcern::majority()).await.map_err(doing())?;
+        let mut entries = Entries::new();
+        while let Some(entry) = cursor.next().await.transpose().map_err(doing())? {
+            entries.extend(store::read_entry(&entry)?);
+        }
+        Ok(entries)
+    }
+
+    fn lanes_command(&self, term: Term, lanes: &[LaneStep]) -> RawDocumentBuf {
+        let mut command = Writer::with_capacity(lanes.len() * 160);
+        command.value("update", "lanes");
+        command.begin_array("updates");
+        for (index, step) in lanes.iter().enumerate() {
+            command.begin_item(index);
+            command.begin_document("q");
+            command.value("_id", self.lane_id(step.lane).as_str());
+            command.value("term", term.0 as i64);
+            write_position(&mut command, "position", step.from.position);
+            command.end();
+            command.begin_document("u");
+            if step.from.parked == step.to.parked && step.from.floors == step.to.floors {
+                command.begin_document("$set");
+                write_position(&mut command, "position", step.to.position);
+                command.end();
+            } else {
+                let fields = store::lane_fields(&step.from, &step.to);
+                let fields = RawDocumentBuf::try_from(&fields).expect("documents of our own encode");
+                command.embed("$set", &fields);
+            }
+            command.end();
+            command.end();
+        }
+        command.end();
+        command.finish()
+    }
+
+    async fn run_transaction(
+        &self,
+        session: &mut ClientSession,
+        term: Term,
+        transaction: Transaction<'_>,
+        steps: &[Step],
+    ) -> Result<(), CommitError> {
+        let reply = self.run(session, DB, self.lanes_command(term, transaction.lanes), "move the lanes").await?;
+        if let Some(error) = first_write_error(&reply) {
+            return Err(error.into_target("move the lanes").into());
+        }
+        if reply.get_i32("n").unwrap_or(0) as usize != transaction.lanes.len() {
+            return Err(self.not_ours().await.into());
+        }
+        for step in steps {
+            match step {
+                Step::Run { db, collection, body, expected } => {
+                    self.run_step(session, db, *collection, body.clone(), *expected).await?;
+                }
+                Step::Patch { entry, collection, changes } => self.run_patch(session, entry, *collection, changes).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn run(
+        &self,
+        session: &mut ClientSession,
+        db: &str,
+        command: RawDocumentBuf,
+        doing: &'static str,
+    ) -> Result<Document, TargetError> {
+        Ok(mongo::run(&self.client, db, command, Some(session), doing).await?)
+    }
+
+    async fn run_step(
+        &self,
+        session: &mut ClientSession,
+        db: &str,
+        collection: CollectionUuid,
+        body: RawDocumentBuf,
+        expected: Option<usize>,
+    ) -> Result<(), CommitError> {
+        let reply = self.run(session, db, body, "apply changes").await?;
+        if let Some(error) = first_write_error(&reply) {
+            return Err(error.into_commit(collection));
+        }
+        let matched = reply.get_i32("n").unwrap_or(0) as usize;
+        match expected {
+            Some(expected) if matched != expected => Err(CommitError::Diverged(Divergence::Somewhere)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn run_patch(
+        &self,
+        session: &mut ClientSession,
+        entry: &Entry,
+        collection: CollectionUuid,
+        changes: &[Patch],
+    ) -> Result<(), CommitError> {
+        let documents = self.read_documents(session, entry, changes).await?;
+        let mut written = Vec::with_capacity(changes.len());
+        for change in changes {
+            let diverged = || CommitError::Diverged(Divergence::Document { collection, identity: change.identity });
+            let before = documents.get(&change.identity).ok_or_else(diverged)?;
+            let delta = Delta::parse(&change.update).map_err(|error| TargetError::Fatal {
+                message: error.to_string(),
+                hint: "upgrade this agent",
+            })?;
+            let after = delta.apply(before).map_err(|_| diverged())?;
+            written.push((change.key.clone(), after));
+        }
+        for part in split_by_bytes(&written) {
+            let (body, expected) = plan::write_back(entry, part);
+            self.run_step(session, &entry.db, collection, body, Some(expected)).await?;
+        }
+        Ok(())
+    }
+
+    /// The documents of these changes as the transaction sees them, by canonical identity.
+    async fn read_documents(
+        &self,
+        session: &mut ClientSession,
+        entry: &Entry,
+        changes: &[Patch],
+    ) -> Result<HashMap<u128, RawDocumentBuf>, TargetError> {
+        let command = find_command(entry, changes.iter().map(|change| &*change.key), false);
+        let database = self.client.database(&entry.db);
+        let cursor = database.run_raw_cursor_command(command).session(&mut *session).batch().await;
+        let mut cursor = cursor.map_err(Failure::of("read documents to patch"))?;
+        let mut found = HashMap::new();
+        let mut stream = cursor.stream(session);
+        while let Some(batch) = stream.next().await.transpose().map_err(Failure::of("read documents to patch"))? {
+            let documents = batch.doc_slices().map_err(Failure::of("read documents to patch"))?;
+            for document in documents.into_iter().filter_map(|d| d.ok()?.as_document()) {
+                if let Some(id) = raw::get(document, "_id") {
+                    found.insert(hash::key_identity(&id), document.to_owned());
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Which of these keys exist, outside of any transaction.
+    async fn existing(&self, entry: &Entry, keys: &[RawDocumentBuf]) -> Result<BTreeSet<u128>, TargetError> {
+        let mut found = BTreeSet::new();
+        for part in keys.chunks(500) {
+            let command = find_command(entry, part.iter().map(|key| &**key), true);
+            let cursor = self.client.database(&entry.db).run_raw_cursor_command(command).batch().await;
+            let mut cursor = cursor.map_err(Failure::of("look for diverged documents"))?;
+            while let Some(batch) = cursor.next().await.transpose().map_err(Failure::of("look for diverged documents"))? {
+                let documents = batch.doc_slices().map_err(Failure::of("look for diverged documents"))?;
+                let ids = documents.into_iter().filter_map(|d| raw::get(d.ok()?.as_document()?, "_id"));
+                found.extend(ids.map(|id| hash::key_identity(&id)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The documents that hold these values of a unique index.
+    async fn holders(&self, entry: &Entry, fields: &RawDocument) -> Result<Vec<(u128, RawDocumentBuf)>, TargetError> {
+        let documents = self.client.database(&entry.db).collection::<RawDocumentBuf>(&entry.coll);
+        let filter = Document::try_from(fields).map_err(|e| Failure::of("read a duplicate key")(e.into()))?;
+        let mut cursor = documents.find(filter).projection(doc! {"_id": 1}).await.map_err(Failure::of("find a blocking document"))?;
+        let mut found = Vec::new();
+        while let Some(document) = cursor.next().await.transpose().map_err(Failure::of("find a blocking document"))? {
+            if let Some(id) = raw::get(&document, "_id") {
+                found.push((hash::key_identity(&id), document));
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn write_position(writer: &mut Writer, key: &str, position: Position) {
+    writer.begin_document(key);
+    writer.value("time", mongo::timestamp(position.time));
+    writer.value("ordinal", i64::from(position.ordinal));
+    writer.end();
+}
+
+fn find_command<'a>(entry: &Entry, keys: impl Iterator<Item = &'a RawDocument>, ids_only: bool) -> RawDocumentBuf {
+    let mut command = Writer::document();
+    command.value("find", entry.coll.as_str());
+    if let Presence::Present(target) = entry.presence {
+        command.uuid("collectionUUID", target.0);
+    }
+    command.begin_document("filter");
+    command.begin_document("_id");
+    command.begin_array("$in");
+    for (index, key) in keys.enumerate() {
+        if let Some(id) = raw::get(key, "_id") {
+            command.copy_item(index, &id);
+        }
+    }
+    command.end();
+    command.end();
+    command.end();
+    if ids_only {
+        command.begin_document("projection");
+        command.value("_id", 1_i32);
+        command.end();
+    }
+    command.finish()
+}
+
+/// Commands of patched documents stay below the server's message limit.
+fn split_by_bytes(documents: &[(RawDocumentBuf, RawDocumentBuf)]) -> Vec<&[(RawDocumentBuf, RawDocumentBuf)]> {
+    const LIMIT: usize = 8 << 20;
+    let (mut parts, mut start, mut bytes) = (Vec::new(), 0, 0);
+    for (index, (_, document)) in documents.iter().enumerate() {
+        let size = document.as_bytes().len();
+        if index > start && bytes + size > LIMIT {
+            parts.push(&documents[start..index]);
+            (start, bytes) = (index, 0);
+        }
+        bytes += size;
+    }
+    if start < documents.len() {
+        parts.push(&documents[start..]);
+    }
+    parts
+}
+
+/// The first of a reply's write errors.
+pub(super) struct WriteError {
+    pub(super) code: i32,
+    pub(super) message: String,
+    key_pattern: Option<Document>,
+    key_value: Option<Document>,
+}
+
+pub(super) fn first_write_error(reply: &Document) -> Option<WriteError> {
+    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
+    Some(WriteError {
+        code: error.get_i32("code").unwrap_or(0),
+        message: error.get_str("errmsg").unwrap_or("no message").to_owned(),
+        key_pattern: error.get_document("keyPattern").ok().cloned(),
+        key_value: error.get_document("keyValue").ok().cloned(),
+    })
+}
+
+pub(super) fn hint_of(code: i32) -> &'static str {
+    match code {
+        code::USER_WRITES_BLOCKED => "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README",
+        code::UNAUTHORIZED => "grant the agent's user the role in the README",
+        _ => "see the message of MongoDB",
+    }
+}
+
+impl WriteError {
+    fn into_target(self, doing: &str) -> TargetError {
+        match self.code {
+            code::WRITE_CONFLICT | 251 | 24 => TargetError::Transient(self.message),
+            code::UUID_MISMATCH | code::NAMESPACE_NOT_FOUND => TargetError::Fatal {
+                message: format!("{doing}: {}", self.message),
+                hint: "a replicated collection was dropped or replaced at the target; it must be copied again",
+            },
+            other => TargetError::Fatal { message: format!("{doing}: {}", self.message), hint: hint_of(other) },
+        }
+    }
+
+    fn into_commit(self, collection: CollectionUuid) -> CommitError {
+        if self.code != code::DUPLICATE_KEY {
+            return self.into_target("apply changes").into();
+        }
+        let on_id = self.key_pattern.as_ref().is_none_or(|pattern| pattern.contains_key("_id"));
+        let fields = self.key_value.filter(|_| !on_id).and_then(|fields| RawDocumentBuf::try_from(&fields).ok());
+        CommitError::Diverged(match fields {
+            Some(fields) => Divergence::Unique { collection, fields },
+            None => Divergence::Somewhere,
+        })
+    }
+}
+
+impl Target for MongoTarget {
+    async fn record(&self) -> Result<Option<StreamRecord>, TargetError> {
+        let stored = self.stored_stream().await?;
+        let begun = stored.filter(|stream| stream.contains_key("incarnation"));
+        Ok(begun.map(|stream| store::read_stream(&stream)).transpose()?)
+    }
+
+    async fn begin(&self, record: &StreamRecord, term: Term) -> Result<(), TargetError> {
+        let mut fields = store::stream_fields(record);
+        fields.insert("term", term.0 as i64);
+        let statement = doc! {"q": {"_id": self.stream_id()}, "u": {"$setOnInsert": fields}, "upsert": true};
+        self.update("streams", vec![statement], "begin the stream").await?;
+        Ok(())
+    }
+
+    async fn claim(&self, term: Term, workers: usize) -> Result<Claim, TargetError> {
+        let gone = || TargetError::Moved("the stream has not begun".into());
+        let stream = self.stored_stream().await?.ok_or_else(gone)?;
+        let stored_term = Term(stream.get_i64("term").unwrap_or(0) as u64);
+        if stored_term > term {
+            return Err(TargetError::Deposed(stored_term));
+        }
+        self.kill_earlier_sessions(&stream).await?;
+        let mut sessions = Vec::with_capacity(workers);
+        for _ in 0..workers {
+            let session = self.client.start_session().await.map_err(Failure::of("start a session"))?;
+            sessions.push(session);
+        }
+        // The sessions are on record before any of them opens a transaction.
+        let ids: Vec<Document> = sessions.iter().map(|session| session.id().clone()).collect();
+        let below = doc! {"$lte": term.0 as i64};
+        let q = doc! {"_id": self.stream_id(), "term": below.clone()};
+        let statement = doc! {"q": q, "u": {"$set": {"term": term.0 as i64, "sessions": ids}}};
+        if self.update("streams", vec![statement], "take the stream over").await? != 1 {
+            return Err(self.not_ours().await);
+        }
+        let record = store::read_stream(&self.stored_stream().await?.ok_or_else(gone)?)?;
+        let statement = |lane| {
+            let first = doc! {"stream": self.stream_id(), "version": store::VERSION, "position": store::position(record.floor)};
+            doc! {
+                "q": {"_id": self.lane_id(lane), "term": below.clone()},
+                "u": {"$set": {"term": term.0 as i64}, "$setOnInsert": first},
+                "upsert": true,
+            }
+        };
+        let claimed = self.update("lanes", LaneId::all().map(statement).collect(), "take the lanes over").await?;
+        if claimed as usize != LaneId::COUNT {
+            return Err(self.not_ours().await);
+        }
+        let mut stored = self.read_lanes().await?;
+        let missing = || TargetError::Moved("a lane is missing".into());
+        let lanes = LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).ok_or_else(missing));
+        let lanes = self.lift(lanes.collect::<Result<Vec<_>, _>>()?, record.floor, term).await?;
+        let entries = self.read_entries().await?;
+        *self.held.write().await = Held { term, sessions: sessions.into_iter().map(Mutex::new).collect() };
+        Ok(Claim { record, lanes, entries })
+    }
+
+    async fn commit(&self, worker: usize, transaction: Transaction<'_>) -> Result<(), CommitError> {
+        let steps = plan::plan(transaction.items, transaction.resolved, transaction.entries, transaction.floors);
+        let steps = steps.map_err(plan_error)?;
+        let held = self.held.read().await;
+        let mut session = held.sessions[worker].lock().await;
+        let w1 = WriteConcern::builder().w(Acknowledgment::Nodes(1)).build();
+        session.start_transaction().write_concern(w1).await.map_err(Failure::of("start a transaction")).map_err(TargetError::from)?;
+        match self.run_transaction(&mut session, held.term, transaction, &steps).await {
+            Ok(()) => match session.commit_transaction().await.map_err(Failure::of("commit a transaction")) {
+                Ok(()) => Ok(()),
+                Err(failure) if failure.transaction_aborted => {
+                    Err(TargetError::Transient(failure.to_string()).into())
+                }
+                // Committed or not: only the stored lanes can tell.
+                Err(failure) => Err(TargetError::Moved(failure.to_string()).into()),
+            },
+            Err(error) => {
+                // An aborted transaction is what is wanted; the server ends it by itself when this fails.
+                drop(session.abort_transaction().await);
+                Err(error)
+            }
+        }
+    }
+
+    async fn examine(&self, items: &[Item], entries: &Entries, divergence: &Divergence) -> Result<Vec<Suspect>, TargetError> {
+        let mut suspects = Vec::new();
+        match divergence {
+            Divergence::Unique { collection, fields } => {
+                let Some(entry) = entries.get(collection) else { return Ok(suspects) };
+                for (identity, key) in self.holders(entry, fields).await? {
+                    suspects.push(Suspect { collection: *collection, identity, key, kind: "unique" });
+                }
+            }
+            Divergence::Document { collection, identity } => {
+                let same = |item: &&Item| item.collection == *collection && item.key == *identity;
+                if let Some(key) = items.iter().find(same).and_then(key_of) {
+                    suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "path" });
+                }
+            }
+            Divergence::Somewhere => {}
+        }
+        suspects.extend(self.unmatched(items, entries).await?);
+        Ok(suspects)
+    }
+
+    async fn confirm(&self, floor: Option<(Position, StreamHash)>) -> Result<(Vec<Position>, Election), TargetError> {
+        let term = self.term().await;
+        let mut set = doc! {"confirmed": bson::DateTime::now()};
+        if let Some((position, hash)) = floor {
+            set.insert("floor", store::position(position));
+            set.insert("hash", hash.0 as i64);
+        }
+        let statement = doc! {"q": {"_id": self.stream_id(), "term": term.0 as i64}, "u": {"$set": set}};
+        if self.update("streams", vec![statement], "confirm the lanes").await? != 1 {
+            return Err(self.not_ours().await);
+        }
+        let mut stored = self.read_lanes().await?;
+        let missing = || TargetError::Moved("a lane is missing".into());
+        let positions = LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).map(|l| l.position).ok_or_else(missing));
+        let positions = positions.collect::<Result<Vec<_>, _>>()?;
+        let hello = self.client.database("admin").run_command(doc! {"hello": 1}).await;
+        let hello = hello.map_err(Failure::of("ask who is primary"))?;
+        Ok((positions, hello.get_object_id("electionId").ok()))
+    }
+
+    async fn ddl(&self, position: Position, step: &DdlStep, entries: &Entries) -> Result<Vec<(CollectionUuid, Entry)>, TargetError> {
+        super::ddl::run(self, position, step, entries).await
+    }
+}
+
+impl MongoTarget {
+    /// Moves lanes that had nothing to do up to the floor, so that stored and believed positions agree.
+    async fn lift(&self, stored: Vec<LaneState>, floor: Position, term: Term) -> Result<Vec<LaneState>, TargetError> {
+        let lifted: Vec<LaneState> = stored.iter().map(|lane| lane.clone().lifted(floor)).collect();
+        let moved = LaneId::all().zip(stored.iter().zip(&lifted)).filter(|(_, (from, to))| from != to);
+        let statement = |(lane, (from, to)): (LaneId, (&LaneState, &LaneState))| {
+            let q = doc! {"_id": self.lane_id(lane), "term": term.0 as i64};
+            doc! {"q": q, "u": {"$set": store::lane_fields(from, to)}}
+        };
+        let statements: Vec<Document> = moved.map(statement).collect();
+        let count = statements.len();
+        if count > 0 && self.update("lanes", statements, "lift the lanes").await? as usize != count {
+            return Err(self.not_ours().await);
+        }
+        Ok(lifted)
+    }
+
+    /// Updates, replacements and deletes whose document is not there, and inserts whose `_id` is, found by looking.
+    async fn unmatched(&self, items: &[Item], entries: &Entries) -> Result<Vec<Suspect>, TargetError> {
+        let mut keys: BTreeMap<CollectionUuid, Vec<RawDocumentBuf>> = BTreeMap::new();
+        for item in items {
+            if let Some(key) = key_of(item) {
+                keys.entry(item.collection).or_default().push(key);
+            }
+        }
+        let mut there: BTreeSet<(CollectionUuid, u128)> = BTreeSet::new();
+        for (uuid, keys) in &keys {
+            if let Some(entry) = entries.get(uuid) {
+                there.extend(self.existing(entry, keys).await?.into_iter().map(|identity| (*uuid, identity)));
+            }
+        }
+        let mut suspects = BTreeMap::new();
+        for item in items {
+            let Some(change) = RawDocument::from_bytes(&item.bytes).ok().and_then(|d| Change::parse(item.position, d).ok()) else {
+                continue;
+            };
+            let id = (item.collection, item.key);
+            let exists = there.contains(&id);
+            let kind = match change.op {
+                Op::Insert if exists => Some("insert"),
+                Op::Update | Op::Replace if !exists => Some("update"),
+                Op::Delete if !exists => Some("delete"),
+                _ => None,
+            };
+            if change.op == Op::Delete { there.remove(&id) } else { there.insert(id) };
+            let kind = if change.trimmed { Some("large") } else { kind };
+            if let (Some(kind), Some(key)) = (kind, change.document_key) {
+                let suspect = Suspect { collection: item.collection, identity: item.key, key: key.to_owned(), kind };
+                suspects.entry(id).or_insert(suspect);
+            }
+        }
+        Ok(suspects.into_values().collect())
+    }
+}
+
+fn key_of(item: &Item) -> Option<RawDocumentBuf> {
+    let document = RawDocument::from_bytes(&item.bytes).ok()?;
+    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
+}
+
+fn plan_error(error: PlanError) -> CommitError {
+    match error {
+        PlanError::NeedsFetch(_) => CommitError::Diverged(Divergence::Somewhere),
+        other => {
+            TargetError::Fatal { message: other.to_string(), hint: "the change is kept in the inbox; upgrade or report it" }.into()
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! Puts the changes of batches together into units and says what each may run beside (pure).
+//!
+//! All changes of one cluster time are one unit. It is handed on when it is known to be complete; one that outgrows
+//! [`PART_BYTES`] or [`PART_CHANGES`] is handed on in parts, and the site is not at a cut until its end. DDL inside a unit
+//! (a create in a transaction) comes before the unit's changes.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::catalog::Entries;
+use super::ddl::dropped_by_rename;
+use super::lanes::{DdlId, GateKey, Item};
+use super::target::DdlStep;
+use crate::model::change::ParseError;
+use crate::model::{Change, Changes, ClusterTime, CollectionUuid, Op, Position, hash};
+
+/// A unit larger than this is applied in parts.
+pub const PART_BYTES: usize = 16 << 20;
+/// A unit of more changes than this is applied in parts.
+pub const PART_CHANGES: usize = 20_000;
+
+/// What the lanes are given.
+#[derive(Debug)]
+pub enum Unit {
+    /// A change on its own.
+    Change(Item),
+    /// Changes that become visible together; `whole` unless more of the same unit follow.
+    Together { items: Vec<Item>, whole: bool },
+    /// A DDL step and what it must run alone on.
+    Ddl { id: DdlId, keys: Vec<GateKey>, step: DdlStep },
+}
+
+/// Why a change cannot be routed.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// It cannot be read.
+    #[error(transparent)]
+    Parse(#[from] ParseError),
+    /// A kind of change this version does not know; leaving it out could lose data.
+    #[error("change at {position} is of an unknown kind '{kind}'")]
+    Unsupported { position: Position, kind: String },
+}
+
+/// Assembles units.
+#[derive(Debug, Default)]
+pub struct Router {
+    open: Vec<Item>,
+    open_bytes: usize,
+    open_time: ClusterTime,
+    /// Part of the open unit was handed on already.
+    split: bool,
+    ddl_parts: u8,
+    /// Collections whose create or adoption was handed on but may not be in the catalog yet.
+    announced: BTreeSet<CollectionUuid>,
+    /// Marks seen.
+    pub marks: u64,
+}
+
+impl Router {
+    /// Whether no unit is partly handed on.
+    pub fn at_cut(&self) -> bool {
+        !self.split
+    }
+
+    /// Where everything handed on so far ends: below the open unit.
+    pub fn complete(&self, end: Position) -> Position {
+        if self.open.is_empty() && !self.split { end } else { Position::before(self.open_time).min(end) }
+    }
+
+    /// Routes the changes of a batch that are past `skip_through`.
+    ///
+    /// # Errors
+    /// A change cannot be read; everything before it was handed on.
+    pub fn feed(&mut self, changes: &Changes, skip_through: Position, entries: &Entries, units: &mut Vec<Unit>) -> Result<(), RouteError> {
+        for (position, bytes) in changes.shared() {
+            if position <= skip_through {
+                continue;
+            }
+            if position.time > self.open_time {
+                self.close(units);
+                self.open_time = position.time;
+            }
+            self.route(position, &bytes, entries, units)?;
+        }
+        if changes.header().end.time > self.open_time {
+            self.close(units);
+        }
+        Ok(())
+    }
+
+    fn route(&mut self, position: Position, bytes: &Bytes, entries: &Entries, units: &mut Vec<Unit>) -> Result<(), RouteError> {
+        let raw = bson::RawDocument::from_bytes(bytes).map_err(|_| ParseError::Bson { position })?;
+        let change = Change::parse(position, raw)?;
+        if change.is_mark() {
+            self.marks += 1;
+            return Ok(());
+        }
+        match (change.op, change.uuid) {
+            (Op::Invalidate, _) => {}
+            (Op::Unsupported, _) => {
+                let kind = raw.get_str("operationType").unwrap_or("?").to_owned();
+                return Err(RouteError::Unsupported { position, kind });
+            }
+            (op, Some(uuid)) if op.is_crud() => {
+                self.know(position, uuid, &change, entries, units);
+                let id = change.id().expect("checked when parsed");
+                self.open_bytes += bytes.len();
+                self.open.push(Item {
+                    position,
+                    bytes: bytes.clone(),
+                    collection: uuid,
+                    key: hash::key_identity(&id),
+                    doc_lane: hash::lane_of(uuid, &id),
+                });
+                if self.open_bytes >= PART_BYTES || self.open.len() >= PART_CHANGES {
+                    self.hand_on(false, units);
+                }
+            }
+            _ => self.ddl(&change, bytes.clone(), entries, units),
+        }
+        Ok(())
+    }
+
+    /// A collection nobody announced was there before the stream began.
+    fn know(&mut self, position: Position, uuid: CollectionUuid, change: &Change<'_>, entries: &Entries, units: &mut Vec<Unit>) {
+        if entries.contains_key(&uuid) {
+            self.announced.remove(&uuid);
+        } else if self.announced.insert(uuid) {
+            let step = DdlStep::Adopt { collection: uuid, db: change.ns.db.into(), coll: change.ns.coll.into() };
+            let keys = vec![GateKey::Collection(uuid), GateKey::Database(change.ns.db.into())];
+            let id = self.ddl_id(position);
+            units.push(Unit::Ddl { id, keys, step });
+        }
+    }
+
+    fn ddl(&mut self, change: &Change<'_>, bytes: Bytes, entries: &Entries, units: &mut Vec<Unit>) {
+        if let (Some(uuid), false) = (change.uuid, change.op == Op::Create) {
+            self.know(change.position, uuid, change, entries, units);
+        }
+        let database = |name: &str| GateKey::Database(name.to_owned());
+        let mut keys: Vec<GateKey> = change.uuid.map(GateKey::Collection).into_iter().collect();
+        match change.op {
+            Op::CreateIndexes | Op::DropIndexes | Op::Modify if change.uuid.is_some() => {}
+            Op::Rename => {
+                keys.extend(dropped_by_rename(change).map(GateKey::Collection));
+                keys.push(database(change.ns.db));
+                keys.extend(change.to.filter(|to| to.db != change.ns.db).map(|to| database(to.db)));
+            }
+            _ => keys.push(database(change.ns.db)),
+        }
+        if change.op == Op::Create {
+            self.announced.extend(change.uuid);
+        }
+        let id = self.ddl_id(change.position);
+        units.push(Unit::Ddl { id, keys, step: DdlStep::Event(Bytes::copy_from_slice(&bytes)) });
+    }
+
+    /// DDL stands before every change of its unit.
+    fn ddl_id(&mut self, position: Position) -> DdlId {
+        self.ddl_parts = self.ddl_parts.checked_add(1).expect("fewer than 255 collections are made at one time");
+        (Position::before(position.time), self.ddl_parts)
+    }
+
+    fn close(&mut self, units: &mut Vec<Unit>) {
+        if !self.open.is_empty() {
+            self.hand_on(true, units);
+        }
+        self.split = false;
+        self.ddl_parts = 0;
+    }
+
+    fn hand_on(&mut self, whole: bool, units: &mut Vec<Unit>) {
+        let mut items = std::mem::take(&mut self.open);
+        self.open_bytes = 0;
+        let single = items.len() == 1 && whole && !self.split;
+        match single.then(|| items.pop()).flatten() {
+            Some(item) => units.push(Unit::Change(item)),
+            None => units.push(Unit::Together { items, whole }),
+        }
+        self.split = !whole;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bson::{Binary, RawDocumentBuf, doc, spec::BinarySubtype};
+
+    use super::*;
+    use crate::model::{BatchBuilder, Epoch, Incarnation, StreamHash};
+
+    fn event(op: &str, id: i32) -> RawDocumentBuf {
+        let uuid = Binary { subtype: BinarySubtype::Uuid, bytes: vec![1; 16] };
+        let event = doc! {"operationType": op, "collectionUUID": uuid, "ns": {"db": "d", "coll": "c"},
+            "documentKey": {"_id": id}, "fullDocument": {"_id": id}};
+        RawDocumentBuf::try_from(&event).expect("encode")
+    }
+
+    fn changes(previous: u64, events: &[(u64, u32, RawDocumentBuf)], close: bool) -> Changes {
+        let previous = Position::before(ClusterTime(previous));
+        let mut builder = BatchBuilder::new(Incarnation([1; 16]), Epoch(1), previous, StreamHash::default());
+        for (time, ordinal, event) in events {
+            builder.push(Position::new(ClusterTime(*time), *ordinal), &[event.as_bytes()]);
+        }
+        let last = builder.last();
+        builder.finish(if close { Position::through(last.time) } else { last }).changes().expect("changes")
+    }
+
+    fn known() -> Entries {
+        let entry = super::super::catalog::Entry {
+            db: "d".into(),
+            coll: "c".into(),
+            presence: super::super::catalog::Presence::Dropped,
+            one_lane: false,
+            ddl_through: Position::ZERO,
+        };
+        Entries::from([(CollectionUuid([1; 16]), entry)])
+    }
+
+    #[test]
+    fn a_unit_is_handed_on_when_it_is_complete() {
+        let (mut router, mut units) = (Router::default(), Vec::new());
+        let first = changes(1, &[(2, 1, event("insert", 1)), (2, 2, event("insert", 2))], false);
+        router.feed(&first, Position::ZERO, &known(), &mut units).expect("feed");
+        assert!(units.is_empty());
+        assert_eq!(router.complete(first.header().end), Position::before(ClusterTime(2)));
+        let rest = changes(2, &[(2, 3, event("delete", 1)), (3, 1, event("insert", 3))], true);
+        router.feed(&rest, Position::ZERO, &known(), &mut units).expect("feed");
+        assert!(matches!(&units[..], [Unit::Together { items, whole: true }, Unit::Change(_)] if items.len() == 3));
+        assert_eq!(router.complete(rest.header().end), rest.header().end);
+    }
+
+    #[test]
+    fn a_create_inside_a_transaction_comes_first_and_below_it() {
+        let (mut router, mut units) = (Router::default(), Vec::new());
+        let batch = changes(1, &[(2, 1, event("insert", 1)), (2, 2, event("create", 0)), (2, 3, event("insert", 2))], true);
+        router.feed(&batch, Position::ZERO, &known(), &mut units).expect("feed");
+        let [Unit::Ddl { id, .. }, Unit::Together { items, .. }] = &units[..] else { panic!("{units:?}") };
+        assert!(id.0 < items[0].position);
+    }
+
+    #[test]
+    fn an_unknown_collection_is_adopted_once() {
+        let (mut router, mut units) = (Router::default(), Vec::new());
+        let batch = changes(1, &[(2, 1, event("insert", 1)), (3, 1, event("insert", 2))], true);
+        router.feed(&batch, Position::ZERO, &Entries::new(), &mut units).expect("feed");
+        assert!(matches!(&units[..], [Unit::Ddl { step: DdlStep::Adopt { .. }, .. }, Unit::Change(_), Unit::Change(_)]));
+    }
+
+    #[test]
+    fn a_huge_unit_comes_in_parts_and_is_no_cut_meanwhile() {
+        let (mut router, mut units) = (Router::default(), Vec::new());
+        let events: Vec<_> = (0..PART_CHANGES as u32 + 5).map(|i| (2, i + 1, event("insert", i as i32))).collect();
+        router.feed(&changes(1, &events, false), Position::ZERO, &known(), &mut units).expect("feed");
+        assert!(matches!(&units[..], [Unit::Together { whole: false, .. }]));
+        assert!(!router.at_cut());
+        router.feed(&changes(3, &[(4, 1, event("insert", 1))], true), Position::ZERO, &known(), &mut units).expect("feed");
+        assert!(matches!(&units[1..], [Unit::Together { whole: true, .. }, Unit::Change(_)]));
+        assert!(router.at_cut());
+    }
+
+    #[test]
+    fn an_unknown_kind_of_change_is_not_left_out() {
+        let batch = changes(1, &[(2, 1, event("farFuture", 1))], true);
+        let error = Router::default().feed(&batch, Position::ZERO, &known(), &mut Vec::new()).expect_err("unknown");
+        assert!(error.to_string().contains("farFuture"), "{error}");
+    }
+}

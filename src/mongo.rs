@@ -1,0 +1,269 @@
+//! The one door to the MongoDB driver's errors and options.
+//!
+//! Driver errors become [`Failure`] here and nowhere else, so retry decisions are made on what a failure means and never
+//! on its text.
+
+use bson::raw::{RawDocument, RawDocumentBuf};
+use bson::{Document, doc};
+use mongodb::error::{Error as DriverError, ErrorKind};
+use mongodb::{Client, ClientSession};
+
+use crate::model::ClusterTime;
+
+/// Server error codes decisions depend on; names and numbers as in MongoDB's `error_codes.yml`.
+pub mod code {
+    pub const NAMESPACE_NOT_FOUND: i32 = 26;
+    pub const INDEX_NOT_FOUND: i32 = 27;
+    pub const NAMESPACE_EXISTS: i32 = 48;
+    pub const WRITE_CONFLICT: i32 = 112;
+    pub const HISTORY_LOST: i32 = 286;
+    pub const FATAL_CHANGE_STREAM: i32 = 280;
+    pub const INVALID_RESUME_TOKEN: i32 = 260;
+    pub const UUID_MISMATCH: i32 = 361;
+    pub const EVENT_TOO_LARGE: i32 = 10334;
+    pub const DUPLICATE_KEY: i32 = 11000;
+    pub const USER_WRITES_BLOCKED: i32 = 371;
+    pub const SNAPSHOT_UNAVAILABLE: i32 = 246;
+    pub const UNAUTHORIZED: i32 = 13;
+    pub const AUTHENTICATION_FAILED: i32 = 18;
+}
+
+/// What a failed operation means for the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The same operation may succeed later: network, election, write conflict.
+    Transient,
+    /// The server refused with this code.
+    Command(i32),
+    /// Anything else; trying again will not help.
+    Other,
+}
+
+/// A failed MongoDB operation.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing}: {detail}")]
+pub struct Failure {
+    /// What was being done, in the present tense.
+    pub doing: &'static str,
+    /// What the failure means.
+    pub kind: Kind,
+    /// The transaction was certainly not committed and may be run again as a whole.
+    pub transaction_aborted: bool,
+    /// What the driver or the server said.
+    pub detail: String,
+}
+
+impl Failure {
+    /// Names the operation that failed.
+    pub fn of(doing: &'static str) -> impl FnOnce(DriverError) -> Self {
+        move |error| Self {
+            doing,
+            kind: classify(&error),
+            transaction_aborted: error.contains_label("TransientTransactionError"),
+            detail: error.to_string(),
+        }
+    }
+
+    /// Whether trying again can help.
+    pub fn is_transient(&self) -> bool {
+        self.kind == Kind::Transient
+    }
+
+    /// The server's error code, if it refused.
+    pub fn code(&self) -> Option<i32> {
+        match self.kind {
+            Kind::Command(code) => Some(code),
+            _ => None,
+        }
+    }
+}
+
+/// Codes after which the same command is worth sending again: elections, shutdowns, interrupted operations, timeouts of
+/// locks and of majority waits (driver specification "retryable reads", MongoDB `error_codes.yml` category RetriableError).
+const TRANSIENT: [i32; 24] = [
+    6, 7, 24, 50, 63, 64, 89, 91, 112, 133, 134, 150, 189, 234, 237, 251, 262, 317, 358, 9001, 10058, 10107, 11600, 11602,
+];
+const TRANSIENT_MORE: [i32; 6] = [13388, 13435, 13436, 43, 202, 12587];
+
+/// Decides what a driver error means.
+pub fn classify(error: &DriverError) -> Kind {
+    if error.contains_label("TransientTransactionError") || error.contains_label("RetryableWriteError") {
+        return Kind::Transient;
+    }
+    let by_code = |code: i32| {
+        if TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) { Kind::Transient } else { Kind::Command(code) }
+    };
+    match &*error.kind {
+        ErrorKind::Io(_)
+        | ErrorKind::ConnectionPoolCleared { .. }
+        | ErrorKind::ServerSelection { .. }
+        | ErrorKind::DnsResolve { .. } => Kind::Transient,
+        ErrorKind::Command(command) => by_code(command.code),
+        ErrorKind::Write(mongodb::error::WriteFailure::WriteConcernError(error)) => by_code(error.code),
+        ErrorKind::Write(mongodb::error::WriteFailure::WriteError(error)) => by_code(error.code),
+        _ => Kind::Other,
+    }
+}
+
+/// Majority, journaled: for everything outside lane transactions.
+pub fn majority() -> Document {
+    doc! {"w": "majority", "j": true, "wtimeout": 30_000}
+}
+
+/// The cluster time of a BSON timestamp.
+pub fn cluster_time(timestamp: bson::Timestamp) -> ClusterTime {
+    ClusterTime::new(timestamp.time, timestamp.increment)
+}
+
+/// The BSON timestamp of a cluster time.
+pub fn timestamp(time: ClusterTime) -> bson::Timestamp {
+    bson::Timestamp { time: time.seconds(), increment: time.increment() }
+}
+
+/// Runs a command built as raw bytes, in a session where one is given.
+///
+/// # Errors
+/// The server refused or could not be reached.
+pub async fn run(
+    client: &Client,
+    db: &str,
+    command: RawDocumentBuf,
+    session: Option<&mut ClientSession>,
+    doing: &'static str,
+) -> Result<Document, Failure> {
+    let database = client.database(db);
+    let command = database.run_raw_command(command);
+    let reply = match session {
+        Some(session) => command.session(session).await,
+        None => command.await,
+    };
+    reply.map_err(Failure::of(doing))
+}
+
+/// Runs a command document with majority write concern.
+///
+/// # Errors
+/// The server refused or could not be reached; `writeErrors` of the reply are not errors here.
+pub async fn run_majority(client: &Client, db: &str, mut command: Document, doing: &'static str) -> Result<Document, Failure> {
+    command.insert("writeConcern", majority());
+    let reply = client.database(db).run_command(command).await.map_err(Failure::of(doing))?;
+    // A generic command's reply is not searched by the driver: the write may stand on the primary alone.
+    match reply.get_document("writeConcernError") {
+        Ok(error) => {
+            let detail = format!("not written by a majority: {error}");
+            Err(Failure { doing, kind: Kind::Transient, transaction_aborted: false, detail })
+        }
+        Err(_) => Ok(reply),
+    }
+}
+
+/// What the server says about itself and its replica set.
+#[derive(Clone, Debug)]
+pub struct ServerInfo {
+    /// `buildInfo.version`.
+    pub version: String,
+    /// `hello.maxWireVersion`; 17 is 6.0, 25 is 8.0.
+    pub wire_version: i32,
+    /// Name of the replica set.
+    pub replica_set: String,
+    /// Newest majority-committed cluster time.
+    pub majority_time: ClusterTime,
+    /// Identity of the current primary's election.
+    pub election: Option<bson::oid::ObjectId>,
+}
+
+/// Asks the primary who it is.
+///
+/// # Errors
+/// Unreachable, or not a replica set (a mongos or a standalone server is refused with the reason).
+pub async fn server_info(client: &Client) -> Result<Result<ServerInfo, &'static str>, Failure> {
+    let admin = client.database("admin");
+    let hello = admin.run_command(doc! {"hello": 1}).await.map_err(Failure::of("ask the server who it is"))?;
+    if hello.get_str("msg").is_ok_and(|msg| msg == "isdbgrid") {
+        return Ok(Err("mongod replica sets only: this is a mongos, where two transactions may share a cluster time"));
+    }
+    let Ok(replica_set) = hello.get_str("setName") else {
+        return Ok(Err("the server is not a member of a replica set; change streams need one"));
+    };
+    let build = admin.run_command(doc! {"buildInfo": 1}).await.map_err(Failure::of("ask the server's version"))?;
+    let majority = hello.get_document("lastWrite").ok().and_then(|w| w.get_document("majorityOpTime").ok());
+    Ok(Ok(ServerInfo {
+        version: build.get_str("version").unwrap_or("unknown").to_owned(),
+        wire_version: hello.get_i32("maxWireVersion").unwrap_or(0),
+        replica_set: replica_set.to_owned(),
+        majority_time: majority.and_then(|m| m.get_timestamp("ts").ok()).map(cluster_time).unwrap_or_default(),
+        election: hello.get_object_id("electionId").ok(),
+    }))
+}
+
+/// The oldest cluster time the primary's oplog holds.
+///
+/// # Errors
+/// Unreachable, or the role lacks `find` on `local.oplog.rs`.
+pub async fn oldest_oplog_time(client: &Client) -> Result<Option<ClusterTime>, Failure> {
+    let oplog = client.database("local").collection::<RawDocumentBuf>("oplog.rs");
+    let entry = oplog
+        .find_one(doc! {})
+        .sort(doc! {"$natural": 1})
+        .projection(doc! {"ts": 1})
+        .await
+        .map_err(Failure::of("read the oldest oplog entry"))?;
+    Ok(entry.and_then(|e| e.get_timestamp("ts").ok()).map(cluster_time))
+}
+
+/// Databases that are never replicated.
+pub fn is_internal_database(name: &str) -> bool {
+    matches!(name, "admin" | "config" | "local" | "farshore")
+}
+
+/// User collections and views as (database, `listCollections` entry), in name order.
+///
+/// # Errors
+/// Unreachable or not authorised.
+pub async fn user_collections(client: &Client) -> Result<Vec<(String, RawDocumentBuf)>, Failure> {
+    let mut found = Vec::new();
+    let mut databases = client.list_database_names().await.map_err(Failure::of("list databases"))?;
+    databases.sort();
+    for database in databases.into_iter().filter(|name| !is_internal_database(name)) {
+        for entry in list_collections(client, &database, doc! {}).await? {
+            if entry.get_str("name").is_ok_and(|name| !name.starts_with("system.")) {
+                found.push((database.clone(), entry));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `listCollections` entries of one database.
+///
+/// # Errors
+/// Unreachable or not authorised.
+pub async fn list_collections(client: &Client, database: &str, filter: Document) -> Result<Vec<RawDocumentBuf>, Failure> {
+    use futures::TryStreamExt as _;
+    let command = doc! {"listCollections": 1, "filter": filter, "cursor": {}};
+    let cursor = client.database(database).run_cursor_command(command).batch().await;
+    let mut cursor = cursor.map_err(Failure::of("list collections"))?;
+    let mut found = Vec::new();
+    while let Some(batch) = cursor.try_next().await.map_err(Failure::of("list collections"))? {
+        let entries = batch.doc_slices().map_err(Failure::of("list collections"))?;
+        found.extend(entries.into_iter().filter_map(|e| Some(e.ok()?.as_document()?.to_owned())));
+    }
+    Ok(found)
+}
+
+/// The UUID in a `listCollections` entry.
+pub fn uuid_of(entry: &RawDocument) -> Option<crate::model::CollectionUuid> {
+    let binary = entry.get_document("info").ok()?.get_binary("uuid").ok()?;
+    crate::model::CollectionUuid::from_slice(binary.bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cluster_times_convert_both_ways() {
+        let time = ClusterTime::new(1_763_669_100, 7);
+        assert_eq!(cluster_time(timestamp(time)), time);
+    }
+}

@@ -1,0 +1,396 @@
+//! Joins the change stream to the outbox: the only writer of the outbox.
+//!
+//! Capture begins where a target asks ([`CaptureHandle::begin`]) and from then on where the outbox ends; batch and
+//! resume token are one synced write. Reading, cutting and fsync overlap, bounded by the reply prefetch and the outbox
+//! queue. When the outbox is full, capture stops and says so: the oplog still holds the history.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::chunk::{ChunkError, Chunker, Cut, Reply};
+use super::tail::{StartAt, Tail, TailError, TailStream};
+use crate::model::{Epoch, Incarnation, Position, StreamHash};
+use crate::outbox::{self, Log, LogState};
+
+/// What capture is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// No target has asked for anything yet.
+    #[default]
+    Waiting,
+    /// Reading the change stream.
+    Streaming,
+    /// Trying to open it again.
+    Retrying(String),
+    /// The outbox is full; the oplog holds what follows.
+    Full(String),
+    /// The history after the outbox's end is gone; the targets need a resync.
+    HistoryLost(String),
+    /// Refused for good by the server, or the stream cannot be understood.
+    Failed(String),
+}
+
+/// Numbers and phase for status, metrics and the progress frames.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CaptureStatus {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Changes captured since the process started.
+    pub changes: u64,
+    /// Their bytes before compression.
+    pub bytes: u64,
+    /// Events over 16 MiB taken without their documents.
+    pub trimmed: u64,
+}
+
+/// Asks capture to (re)start the outbox at a place.
+#[derive(Debug)]
+struct Begin {
+    at: Position,
+    hash: StreamHash,
+    done: oneshot::Sender<Result<(), outbox::Error>>,
+}
+
+/// Handle to a running capture.
+#[derive(Clone, Debug)]
+pub struct CaptureHandle {
+    begin: mpsc::Sender<Begin>,
+    status: watch::Receiver<CaptureStatus>,
+}
+
+impl CaptureHandle {
+    /// Starts the outbox empty at `at`; what it held is dropped, the oplog is read again from there.
+    ///
+    /// # Errors
+    /// The outbox cannot be written, or capture has ended.
+    pub async fn begin(&self, at: Position, hash: StreamHash) -> Result<(), outbox::Error> {
+        let (done, answer) = oneshot::channel();
+        let ended = || outbox::Error::Closed;
+        self.begin.send(Begin { at, hash, done }).await.map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
+    }
+
+    /// Newest status.
+    pub fn status(&self) -> watch::Receiver<CaptureStatus> {
+        self.status.clone()
+    }
+}
+
+/// What capture needs to know of the source's history.
+#[derive(Clone, Copy, Debug)]
+pub struct History {
+    /// Its identity.
+    pub incarnation: Incarnation,
+    /// Epoch under which changes are captured.
+    pub epoch: Epoch,
+    /// See [`Chunker`].
+    pub single_change_units: bool,
+}
+
+/// The capture task.
+#[derive(Debug)]
+pub struct Capture<T> {
+    tail: T,
+    log: Log,
+    history: History,
+    nudge: Arc<Notify>,
+    commands: mpsc::Receiver<Begin>,
+    status: watch::Sender<CaptureStatus>,
+}
+
+/// Replies read ahead of cutting; each may be 16 MiB.
+const PREFETCH: usize = 1;
+/// Batches queued for fsync at once.
+const IN_FLIGHT: usize = 32;
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// The resume token is persisted at least this often while nothing is captured, so it never ages out of the oplog.
+const TOKEN_EVERY: Duration = Duration::from_secs(1);
+
+type Pending = Pin<Box<dyn Future<Output = Result<LogState, outbox::Error>> + Send>>;
+
+enum Outcome {
+    Cancelled,
+    Restart(Begin),
+    Ended(EndReason),
+}
+
+enum EndReason {
+    Tail(TailError),
+    Chunk(ChunkError),
+    Outbox(outbox::Error),
+}
+
+impl<T: Tail> Capture<T> {
+    /// Prepares capture into `log`.
+    pub fn new(tail: T, log: Log, history: History, nudge: Arc<Notify>) -> (Self, CaptureHandle) {
+        let (begin, commands) = mpsc::channel(1);
+        let (status, seen) = watch::channel(CaptureStatus::default());
+        (Self { tail, log, history, nudge, commands, status }, CaptureHandle { begin, status: seen })
+    }
+
+    /// Runs until cancelled.
+    ///
+    /// # Errors
+    /// The outbox went failsafe; the process must restart.
+    pub async fn run(mut self, cancel: CancellationToken) -> Result<(), outbox::Error> {
+        let mut delay = RETRY_MIN;
+        loop {
+            let Some(state) = self.usable_state() else {
+                match self.idle(&cancel, None).await {
+                    Some(begin) => self.restart(begin).await,
+                    None => return Ok(()),
+                }
+                continue;
+            };
+            let before = self.status.borrow().changes;
+            let outcome = self.session(state, &cancel).await;
+            if self.status.borrow().changes > before {
+                delay = RETRY_MIN;
+            }
+            let wait = match outcome {
+                Outcome::Cancelled => return Ok(()),
+                Outcome::Restart(begin) => {
+                    self.restart(begin).await;
+                    continue;
+                }
+                Outcome::Ended(reason) => self.ended(reason, &mut delay)?,
+            };
+            match self.idle(&cancel, wait).await {
+                Some(begin) => self.restart(begin).await,
+                None if cancel.is_cancelled() => return Ok(()),
+                None => {}
+            }
+        }
+    }
+
+    /// The outbox's state, if it belongs to this history.
+    fn usable_state(&self) -> Option<LogState> {
+        self.log.state().filter(|state| state.incarnation == self.history.incarnation)
+    }
+
+    /// Waits for a command, or for `wait` to pass; `None` when it passed or on cancel.
+    async fn idle(&mut self, cancel: &CancellationToken, wait: Option<Duration>) -> Option<Begin> {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => None,
+            begin = self.commands.recv() => begin,
+            () = sleep_or_forever(wait) => None,
+        }
+    }
+
+    async fn restart(&self, begin: Begin) {
+        let History { incarnation, epoch, .. } = self.history;
+        let result = self.log.begin(incarnation, epoch, begin.at, begin.hash, None).await;
+        tracing::info!(at = %begin.at, ok = result.is_ok(), "outbox begins");
+        // The asker may have gone; the next one asks again.
+        drop(begin.done.send(result));
+    }
+
+    /// Decides how long to wait after a session ended; `None` means until asked to begin again.
+    fn ended(&self, reason: EndReason, delay: &mut Duration) -> Result<Option<Duration>, outbox::Error> {
+        let backoff = *delay;
+        *delay = (*delay * 2).min(RETRY_MAX);
+        let (phase, wait) = match reason {
+            EndReason::Outbox(outbox::Error::Full { .. }) => {
+                (Phase::Full("the outbox has reached data.outbox_limit".into()), Some(Duration::from_secs(1)))
+            }
+            EndReason::Outbox(error) => return Err(error),
+            EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
+            EndReason::Tail(TailError::HistoryLost(reason)) => (Phase::HistoryLost(reason), Some(RETRY_MAX)),
+            EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
+            EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
+        };
+        self.enter(phase);
+        Ok(wait)
+    }
+
+    /// Logs a phase once when it is entered.
+    fn enter(&self, phase: Phase) {
+        if self.status.borrow().phase == phase {
+            return;
+        }
+        match &phase {
+            Phase::Waiting => {}
+            Phase::Streaming => tracing::info!("change stream open"),
+            Phase::Retrying(reason) => tracing::warn!(reason, "change stream interrupted, retrying"),
+            Phase::Full(reason) => tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped"),
+            Phase::HistoryLost(reason) => tracing::error!(reason, hint = "the target needs a resync", "capture stopped"),
+            Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
+        }
+        self.status.send_modify(|status| status.phase = phase);
+    }
+
+    /// Reads from where the log ends until something stops it. A single oversized change is taken without its documents.
+    async fn session(&mut self, state: LogState, cancel: &CancellationToken) -> Outcome {
+        let History { incarnation, epoch, single_change_units } = self.history;
+        let at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
+        let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash, single_change_units);
+        match self.stream(&mut chunker, &at, false, cancel).await {
+            Outcome::Ended(EndReason::Tail(TailError::TooLarge)) => {}
+            outcome => return outcome,
+        }
+        let Some(state) = self.usable_state() else { return Outcome::Ended(EndReason::Tail(TailError::TooLarge)) };
+        tracing::warn!(after = %state.end, "a change exceeds 16 MiB; it is captured without documents and fetched by the target");
+        let at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
+        let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash, single_change_units);
+        self.stream(&mut chunker, &at, true, cancel).await
+    }
+
+    async fn stream(&mut self, chunker: &mut Chunker, at: &StartAt, trimmed: bool, cancel: &CancellationToken) -> Outcome {
+        let stream = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Outcome::Cancelled,
+            begin = self.commands.recv() => return begin.map_or(Outcome::Cancelled, Outcome::Restart),
+            stream = self.tail.open(at, trimmed) => stream,
+        };
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => return Outcome::Ended(EndReason::Tail(error)),
+        };
+        let (replies_in, mut replies) = mpsc::channel(PREFETCH);
+        let reader = read_ahead(stream, replies_in, trimmed);
+        let pump = self.pump(chunker, &mut replies, trimmed, cancel);
+        tokio::pin!(reader, pump);
+        tokio::select! {
+            outcome = &mut pump => outcome,
+            () = &mut reader => pump.await,
+        }
+    }
+
+    /// Cuts replies and appends batches; returns when the replies end.
+    async fn pump(
+        &mut self,
+        chunker: &mut Chunker,
+        replies: &mut mpsc::Receiver<Result<Reply, TailError>>,
+        trimmed: bool,
+        cancel: &CancellationToken,
+    ) -> Outcome {
+        let mut pending: VecDeque<Pending> = VecDeque::new();
+        let mut token_saved = tokio::time::Instant::now();
+        loop {
+            let step = tokio::select! {
+                biased;
+                () = cancel.cancelled() => Step::Cancelled,
+                begin = self.commands.recv() => begin.map_or(Step::Cancelled, Step::Restart),
+                durable = next_durable(&mut pending), if !pending.is_empty() => Step::Durable(durable),
+                reply = replies.recv(), if pending.len() < IN_FLIGHT => Step::Reply(reply),
+            };
+            let outcome = match step {
+                Step::Cancelled => Some(Outcome::Cancelled),
+                Step::Restart(begin) => Some(Outcome::Restart(begin)),
+                Step::Durable(result) => {
+                    drop(pending.pop_front());
+                    result.err().map(|error| Outcome::Ended(EndReason::Outbox(error)))
+                }
+                Step::Reply(None) => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into())))),
+                Step::Reply(Some(Err(error))) => Some(Outcome::Ended(EndReason::Tail(error))),
+                Step::Reply(Some(Ok(reply))) => {
+                    self.enter(Phase::Streaming);
+                    match chunker.cut(&reply) {
+                        Err(error) => Some(Outcome::Ended(EndReason::Chunk(error))),
+                        Ok(cuts) => {
+                            let enough = trimmed && !cuts.is_empty();
+                            self.account(&cuts, trimmed);
+                            match self.append(cuts, &mut pending).await {
+                                Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
+                                Ok(()) if enough => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted(
+                                    "resuming behind an oversized change".into(),
+                                )))),
+                                Ok(()) => None,
+                            }
+                        }
+                    }
+                }
+            };
+            if let Some(outcome) = outcome {
+                let Outcome::Restart(_) = outcome else { return finish(pending, outcome).await };
+                return outcome;
+            }
+            if chunker.unit_open() {
+                self.nudge.notify_one();
+            }
+            if pending.is_empty() && token_saved.elapsed() >= TOKEN_EVERY {
+                token_saved = tokio::time::Instant::now();
+                if let Some(token) = chunker.idle_token()
+                    && let Err(error) = self.log.put_token(token.clone()).await
+                {
+                    return Outcome::Ended(EndReason::Outbox(error));
+                }
+            }
+        }
+    }
+
+    fn account(&self, cuts: &[Cut], trimmed: bool) {
+        if cuts.is_empty() {
+            return;
+        }
+        self.status.send_modify(|status| {
+            for cut in cuts {
+                status.changes += u64::from(cut.batch.header().count);
+                status.bytes += u64::from(cut.batch.header().raw_len);
+                status.trimmed += u64::from(trimmed);
+            }
+        });
+    }
+
+    async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Pending>) -> Result<(), outbox::Error> {
+        for Cut { batch, token } in cuts {
+            let durable = self.log.enqueue(batch, Some(token)).await?;
+            pending.push_back(Box::pin(durable));
+        }
+        Ok(())
+    }
+}
+
+enum Step {
+    Cancelled,
+    Restart(Begin),
+    Durable(Result<LogState, outbox::Error>),
+    Reply(Option<Result<Reply, TailError>>),
+}
+
+async fn next_durable(pending: &mut VecDeque<Pending>) -> Result<LogState, outbox::Error> {
+    match pending.front_mut() {
+        Some(durable) => durable.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Lets queued writes finish, so that the next session starts from what is really durable.
+async fn finish(pending: VecDeque<Pending>, outcome: Outcome) -> Outcome {
+    for durable in pending {
+        if let Err(error) = durable.await {
+            return Outcome::Ended(EndReason::Outbox(error));
+        }
+    }
+    outcome
+}
+
+async fn read_ahead<S: TailStream>(mut stream: S, replies: mpsc::Sender<Result<Reply, TailError>>, trimmed: bool) {
+    loop {
+        let reply = stream.next().await;
+        let failed = reply.is_err();
+        if replies.send(reply).await.is_err() || failed {
+            return;
+        }
+        if trimmed {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn sleep_or_forever(wait: Option<Duration>) {
+    match wait {
+        Some(wait) => tokio::time::sleep(wait).await,
+        None => std::future::pending().await,
+    }
+}
+

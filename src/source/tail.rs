@@ -1,0 +1,144 @@
+//! Reads a cluster-wide change stream, one reply at a time.
+
+use std::future::Future;
+use std::time::Duration;
+
+use bson::{Document, doc};
+use bytes::Bytes;
+use futures::StreamExt as _;
+use mongodb::Client;
+use mongodb::raw_batch_cursor::RawBatchCursor;
+
+use super::chunk::Reply;
+use crate::model::{ClusterTime, change::TRIMMED};
+use crate::mongo::{Failure, code};
+
+/// Where a change stream starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StartAt {
+    /// After the change or time of this resume token document.
+    After(Bytes),
+    /// At this cluster time, inclusive.
+    Time(ClusterTime),
+}
+
+/// Why a change stream ended.
+#[derive(Debug, thiserror::Error)]
+pub enum TailError {
+    /// Worth opening again at the same place.
+    #[error("change stream interrupted: {0}")]
+    Interrupted(String),
+    /// The server does not have the history after this place, or it was rewound.
+    #[error("history lost: {0}")]
+    HistoryLost(String),
+    /// The next change is larger than 16 MiB; it must be taken without its documents.
+    #[error("the next change exceeds 16 MiB")]
+    TooLarge,
+    /// The server refuses for good.
+    #[error("change stream refused: {0}")]
+    Refused(String),
+}
+
+impl From<Failure> for TailError {
+    fn from(failure: Failure) -> Self {
+        let text = failure.to_string();
+        match failure.code() {
+            Some(code::EVENT_TOO_LARGE) => Self::TooLarge,
+            Some(code::HISTORY_LOST | code::FATAL_CHANGE_STREAM | code::INVALID_RESUME_TOKEN) => Self::HistoryLost(text),
+            Some(_) => Self::Refused(text),
+            None if failure.is_transient() => Self::Interrupted(text),
+            None => Self::Refused(text),
+        }
+    }
+}
+
+/// Something that can be tailed: a real MongoDB or a double.
+pub trait Tail: Send + Sync + 'static {
+    /// An open change stream.
+    type Stream: TailStream;
+
+    /// Opens a change stream. With `trimmed` the events come without documents and marked as such.
+    fn open(&self, at: &StartAt, trimmed: bool) -> impl Future<Output = Result<Self::Stream, TailError>> + Send;
+}
+
+/// An open change stream. Dropping it closes it.
+pub trait TailStream: Send + 'static {
+    /// The next reply; an empty one now and then when nothing happens. Not cancel-safe.
+    fn next(&mut self) -> impl Future<Output = Result<Reply, TailError>> + Send;
+}
+
+/// How long the server holds an idle `getMore`; bounds the age of its resume token, not the latency of changes.
+const AWAIT: Duration = Duration::from_millis(500);
+
+/// The change stream of a real MongoDB.
+#[derive(Clone, Debug)]
+pub struct MongoTail {
+    client: Client,
+}
+
+impl MongoTail {
+    /// Tails the cluster behind `client`.
+    pub fn new(client: Client) -> Self {
+        Self { client }
+    }
+}
+
+/// Only what no link will ever carry is filtered here; `admin`, `config` and `local` have no events at all.
+fn pipeline(at: &StartAt, trimmed: bool) -> Vec<Document> {
+    let mut options = doc! {"allChangesForCluster": true, "showExpandedEvents": true};
+    match at {
+        StartAt::After(token) => {
+            let token = Document::try_from(bson::RawDocument::from_bytes(token).expect("tokens are stored whole"));
+            options.insert("startAfter", token.expect("a token holds text"));
+        }
+        StartAt::Time(time) => {
+            options.insert("startAtOperationTime", crate::mongo::timestamp(*time));
+        }
+    }
+    let ours = doc! {"$or": [{"ns.db": {"$ne": "farshore"}}, {"ns.coll": "marks"}]};
+    let mut stages = vec![doc! {"$changeStream": options}, doc! {"$match": ours}];
+    if trimmed {
+        stages.push(doc! {"$project": {"fullDocument": 0, "updateDescription": 0}});
+        stages.push(doc! {"$addFields": {TRIMMED: true}});
+    }
+    stages
+}
+
+impl Tail for MongoTail {
+    type Stream = MongoTailStream;
+
+    async fn open(&self, at: &StartAt, trimmed: bool) -> Result<MongoTailStream, TailError> {
+        let admin = self.client.database("admin");
+        let mut aggregate = admin
+            .aggregate(pipeline(at, trimmed))
+            .max_await_time(AWAIT)
+            .read_concern(mongodb::options::ReadConcern::majority());
+        if trimmed {
+            // One change only: the ones behind it are wanted whole.
+            aggregate = aggregate.batch_size(1);
+        }
+        let cursor = aggregate.batch().await.map_err(Failure::of("open the change stream"))?;
+        Ok(MongoTailStream { cursor })
+    }
+}
+
+/// An open change stream of a real MongoDB.
+pub struct MongoTailStream {
+    cursor: RawBatchCursor,
+}
+
+impl std::fmt::Debug for MongoTailStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MongoTailStream")
+    }
+}
+
+impl TailStream for MongoTailStream {
+    async fn next(&mut self) -> Result<Reply, TailError> {
+        match self.cursor.next().await {
+            Some(Ok(batch)) => Ok(Reply(batch.as_raw_document().to_owned())),
+            Some(Err(error)) => Err(Failure::of("read the change stream")(error).into()),
+            None => Err(TailError::Interrupted("the server closed the cursor".into())),
+        }
+    }
+}
