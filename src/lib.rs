@@ -4,7 +4,10 @@
 //! [`outbox`] (durable log), [`link`] (gRPC session), [`outbox`] again as the inbox, [`apply`] (lanes and transactions).
 //! [`model`] is the vocabulary they share; `agent` puts them together. See `docs/ARCHITECTURE.md`.
 
+pub mod admin;
 pub mod apply;
+pub mod cli;
+pub mod config;
 pub mod model;
 pub mod mongo;
 pub mod outbox;

@@ -1,9 +1,14 @@
-//! What other programs need of a Farshore agent: the generated protocol and the positions it speaks of.
+//! What other programs need of a Farshore agent: the generated protocol, the positions it speaks of, who may speak to
+//! it, and the client.
 //!
 //! The protocol is generated from `proto/` at build time. Conversions between its messages and the vocabulary live
 //! beside the vocabulary types, so a field is translated in one place.
 
+pub mod client;
+pub mod identity;
 pub mod position;
+pub mod tls;
+mod verify;
 
 pub mod replication {
     //! The link between two sites.
@@ -21,4 +26,5 @@ pub mod control {
     }
 }
 
+pub use identity::{Identity, Role};
 pub use position::{ClusterTime, Position};

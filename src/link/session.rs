@@ -1,0 +1,519 @@
+//! One session with one peer over a pair of frame streams: the shell shared by the dialling and the accepting side.
+//!
+//! ```text
+//! greet: lease? -> Hello out -> Hello in, checked -> the only session with this peer (registry)
+//! carry: { frames in, frames out, ship (we originate), take (we receive), timers } until one of them ends it
+//! close: what is on its way to the disk ends there, a rejection is told, frames in hand leave
+//! ```
+//!
+//! Reading never waits for writing (two sides that both wait to write would stop for ever): batches wait in the take within the
+//! credit, our own frames in a queue to which records are added only while it is short.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use farshore_api::replication::v1 as pb;
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use pb::frame::Body;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, Interval, MissedTickBehavior, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::hub::{Leadership, PeerEntry, Shared};
+use super::registry::Claim;
+use super::sender::Stop;
+use super::ship::{self, Ship};
+use super::status::LinkState;
+use super::take::{self, Take};
+use super::transport::Peer;
+use super::wire::{Greeting, Originating, Reason, Receiving, Rejection, Standing, frame, protocol};
+use crate::model::SiteName;
+
+/// Hello must come within this time, and our own be ready.
+const GREETING: Duration = Duration::from_secs(10);
+/// Timers have this resolution.
+const TICK: Duration = Duration::from_millis(200);
+/// Acks and progress are repeated so often, should one be lost or nothing change.
+const REPEAT: Duration = Duration::from_secs(1);
+/// A peer that carries a stream speaks every second; one that is silent for so long is gone, whatever the connection says.
+const SILENCE: Duration = Duration::from_secs(15);
+/// Time for the frames in hand at the end.
+const CLOSING: Duration = Duration::from_secs(2);
+/// Records waiting to be sent, besides those in the transport.
+const QUEUE: usize = 2;
+
+/// Both directions of a session, and who is there.
+pub(super) struct Wire {
+    pub(super) out: mpsc::Sender<pb::Frame>,
+    pub(super) incoming: BoxStream<'static, Result<pb::Frame, String>>,
+    pub(super) peer: Peer,
+    pub(super) site: SiteName,
+    pub(super) dialled: bool,
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The peer closed it.
+    Closed,
+    /// We close.
+    Cancelled,
+    /// The connection broke.
+    Lost(String),
+    /// The peer refuses.
+    Rejected(Rejection),
+    /// We refuse.
+    Refused(Rejection),
+    /// Something of our own failed.
+    Failed(String),
+    /// Another session with this peer lives.
+    Duplicate,
+}
+
+/// How a session went.
+#[derive(Debug)]
+pub(super) struct Summary {
+    pub(super) ended: Ended,
+    /// Both sides had greeted.
+    pub(super) established: bool,
+    /// Something was shipped or stored.
+    pub(super) progressed: bool,
+}
+
+/// Runs a session to its end.
+pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
+    let cancel = shared.cancel.child_token();
+    let greeted = cancel.run_until_cancelled(greet(shared, &mut wire)).await.unwrap_or(Err(Ended::Cancelled));
+    let mut summary = Summary { ended: Ended::Duplicate, established: false, progressed: false };
+    match greeted {
+        Err(ended) => summary.ended = ended,
+        Ok(greeted) => {
+            let entry = entry(shared, &wire.site);
+            let dialler = if wire.dialled { &shared.config.site } else { &wire.site };
+            let claim = Claim { dialler: dialler.clone(), agent: greeted.theirs.agent, term: greeted.theirs.term };
+            if let Some(_place) = entry.slot.admit(claim, cancel.clone()).await {
+                shared.link_up(entry, &wire.peer);
+                summary = Session::new(shared, &mut wire, greeted, cancel).run().await;
+                shared.link_down(entry, &summary.ended);
+            }
+        }
+    }
+    if let Ended::Refused(rejection) = &summary.ended {
+        let frame = frame(Body::Reject(rejection.into()));
+        drop(timeout(CLOSING, wire.out.send(frame)).await);
+    }
+    close(wire).await;
+    summary
+}
+
+fn entry<'a>(shared: &'a Shared, site: &SiteName) -> &'a PeerEntry {
+    shared.peers.get(site).expect("sessions are with peers only")
+}
+
+/// Lets frames in hand leave: a dialler that drops the stream of the peer's frames would reset the session.
+async fn close(mut wire: Wire) {
+    drop(wire.out);
+    if wire.dialled {
+        let ended = async { while let Some(Ok(_)) = wire.incoming.next().await {} };
+        drop(timeout(CLOSING, ended).await);
+    }
+}
+
+struct Greeted {
+    own: Option<Receiving>,
+    theirs: Greeting,
+    leadership: Leadership,
+}
+
+async fn greet(shared: &Arc<Shared>, wire: &mut Wire) -> Result<Greeted, Ended> {
+    let leadership = shared.leadership();
+    if !leadership.leader {
+        let message = format!("this agent of {} does not hold its site's lease", shared.config.site);
+        return Err(Ended::Refused(Rejection::new(Reason::NotLeader, message, "")));
+    }
+    let own = receiving(shared, &wire.site).await?;
+    let greeting = greeting(shared, leadership, own.clone());
+    let hello = frame(Body::Hello(greeting.to_hello()));
+    let gone = |_| Ended::Lost("the connection closed before Hello".into());
+    wire.out.send(hello).await.map_err(gone)?;
+    let first = timeout(GREETING, wire.incoming.next()).await.map_err(|_| Ended::Lost("no Hello in time".into()))?;
+    let theirs = match first {
+        None => return Err(Ended::Closed),
+        Some(Err(error)) => return Err(Ended::Lost(error)),
+        Some(Ok(pb::Frame { body: Some(Body::Hello(hello)) })) => Greeting::parse(&hello, &wire.site).map_err(Ended::Refused)?,
+        Some(Ok(pb::Frame { body: Some(Body::Reject(reject)) })) => return Err(Ended::Rejected(reject.into())),
+        Some(Ok(_)) => return Err(Ended::Refused(protocol("the first frame is not Hello"))),
+    };
+    let seen = shared.inbox(&wire.site).state().map(|state| state.term).unwrap_or_default();
+    greeting.accept(&theirs, seen).map_err(Ended::Refused)?;
+    if own.is_some() && theirs.originating.is_none() {
+        let message = format!("site {} does not originate writes, but its stream is expected here", wire.site);
+        let hint = "set the same primary under [group] at both sites";
+        return Err(Ended::Refused(Rejection::new(Reason::Start, message, hint)));
+    }
+    Ok(Greeted { own, theirs, leadership })
+}
+
+fn greeting(shared: &Shared, leadership: Leadership, receiving: Option<Receiving>) -> Greeting {
+    let config = &shared.config;
+    let captured = || shared.outbox().state().map(|state| (state.incarnation, state.end));
+    let originating =
+        config.originates.then(|| Originating { source: config.site.clone(), captured: captured() });
+    Greeting {
+        site: config.site.clone(),
+        group: config.group.clone(),
+        agent: config.agent,
+        epoch: config.epoch,
+        term: leadership.term,
+        leader: leadership.leader,
+        receiving: receiving.into_iter().collect(),
+        originating,
+    }
+}
+
+/// What we say of the peer's stream, if we receive it.
+async fn receiving(shared: &Shared, source: &SiteName) -> Result<Option<Receiving>, Ended> {
+    if !shared.config.receives.contains(source) {
+        return Ok(None);
+    }
+    if let Some(state) = shared.inbox(source).state() {
+        let received = Standing { position: state.end, incarnation: state.incarnation, hash: state.hash };
+        let source = source.clone();
+        return Ok(Some(Receiving { source, received: Some(received), start_at: None, empty: false }));
+    }
+    let answer = timeout(GREETING, shared.inputs.gate.receiving(source)).await;
+    let refusal = |message, hint| Ended::Refused(Rejection::new(Reason::Start, message, hint));
+    match answer {
+        Ok(Ok(receiving)) => Ok(Some(Receiving { source: source.clone(), ..receiving })),
+        Ok(Err(refused)) => Err(refusal(refused.message, refused.hint)),
+        Err(_) => Err(refusal("the target's MongoDB does not answer".into(), "check [mongodb] at the target".into())),
+    }
+}
+
+enum Event {
+    Cancelled,
+    Leadership,
+    Tick,
+    CanSend,
+    Incoming(Option<Result<pb::Frame, String>>),
+    Ship(ship::Event),
+    Take(take::Event),
+}
+
+struct Session<'a> {
+    shared: &'a Arc<Shared>,
+    wire: &'a mut Wire,
+    cancel: CancellationToken,
+    leadership: watch::Receiver<Leadership>,
+    under: Leadership,
+    ship: Option<Ship>,
+    take: Option<Take>,
+    queue: VecDeque<pb::Frame>,
+    ack: Due,
+    progress: Due,
+    tick: Interval,
+    heard: Instant,
+    progressed: bool,
+}
+
+/// Something that is said when it changed, and again after a while.
+struct Due {
+    now: bool,
+    said: Instant,
+}
+
+impl Due {
+    fn said(&mut self, now: Instant) {
+        *self = Self { now: false, said: now };
+    }
+}
+
+impl<'a> Session<'a> {
+    fn new(shared: &'a Arc<Shared>, wire: &'a mut Wire, greeted: Greeted, cancel: CancellationToken) -> Self {
+        let now = Instant::now();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let wanted = greeted.theirs.receiving.into_iter().find(|receiving| receiving.source == shared.config.site);
+        let wanted = wanted.filter(|_| shared.config.originates);
+        let ship = wanted.map(|receiving| Ship::new(shared, &wire.site, receiving, greeted.leadership.term));
+        let take = greeted.own.map(|own| Take::start(shared, own, shared.inbox(&wire.site)));
+        Self {
+            shared,
+            wire,
+            cancel,
+            leadership: shared.inputs.leadership.clone(),
+            under: greeted.leadership,
+            ship,
+            take,
+            queue: VecDeque::new(),
+            ack: Due { now: true, said: now },
+            progress: Due { now: true, said: now },
+            tick,
+            heard: now,
+            progressed: false,
+        }
+    }
+
+    async fn run(mut self) -> Summary {
+        let first = self.ship.as_mut().map(Ship::start).and_then(|outcome| self.shipped(outcome));
+        let ended = match first {
+            Some(ended) => ended,
+            None => self.carry().await,
+        };
+        if let Some(take) = &mut self.take {
+            take.finish().await;
+        }
+        if matches!(ended, Ended::Cancelled | Ended::Refused(_)) {
+            self.ack.now = true;
+            drop(timeout(CLOSING, self.flush()).await);
+        }
+        let told = match &ended {
+            Ended::Rejected(rejection) | Ended::Refused(rejection) => Some(rejection),
+            _ => None,
+        };
+        let now = Instant::now();
+        if let Some(ship) = &self.ship {
+            ship.close(told, now);
+        }
+        if let Some(take) = &self.take {
+            take.close(told, now);
+        }
+        Summary { ended, established: true, progressed: self.progressed }
+    }
+
+    async fn carry(&mut self) -> Ended {
+        loop {
+            let event = self.next().await;
+            if let Some(ended) = self.apply(event) {
+                return ended;
+            }
+        }
+    }
+
+    async fn flush(&mut self) {
+        while let Some(frame) = self.next_frame() {
+            if self.wire.out.send(frame).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Event {
+        let (something, room) = (self.has_frame(), self.queue.len() < QUEUE);
+        let (ship, take) = (&mut self.ship, &mut self.take);
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Event::Cancelled,
+            _ = self.leadership.changed() => Event::Leadership,
+            _ = self.tick.tick() => Event::Tick,
+            _ = self.wire.out.reserve(), if something => Event::CanSend,
+            event = async { take.as_mut().expect("checked").next().await }, if take.is_some() => Event::Take(event),
+            frame = self.wire.incoming.next() => Event::Incoming(frame),
+            event = async { ship.as_mut().expect("checked").next(room).await }, if ship.is_some() => Event::Ship(event),
+        }
+    }
+
+    fn apply(&mut self, event: Event) -> Option<Ended> {
+        match event {
+            Event::Cancelled => Some(Ended::Cancelled),
+            Event::Leadership => self.led(),
+            Event::Tick => self.ticked(),
+            Event::CanSend => {
+                let frame = self.next_frame()?;
+                let lost = |_| Ended::Lost("the connection was closed".into());
+                self.wire.out.try_send(frame).map_err(lost).err()
+            }
+            Event::Incoming(None) => Some(Ended::Closed),
+            Event::Incoming(Some(Err(error))) => Some(Ended::Lost(error)),
+            Event::Incoming(Some(Ok(frame))) => self.heard(frame),
+            Event::Ship(event) => {
+                let outcome = self.ship.as_mut().expect("its event").apply(event);
+                self.shipped(outcome)
+            }
+            Event::Take(event) => {
+                let outcome = self.take.as_mut().expect("its event").apply(event);
+                self.taken(outcome)
+            }
+        }
+    }
+
+    fn led(&mut self) -> Option<Ended> {
+        let now = *self.leadership.borrow_and_update();
+        let message = format!("this agent of {} no longer holds its site's lease", self.shared.config.site);
+        (now != self.under).then(|| Ended::Refused(Rejection::new(Reason::NotLeader, message, "")))
+    }
+
+    fn ticked(&mut self) -> Option<Ended> {
+        let now = Instant::now();
+        self.ack.now |= now.duration_since(self.ack.said) >= REPEAT;
+        self.progress.now |= now.duration_since(self.progress.said) >= REPEAT;
+        if let Some(take) = &mut self.take {
+            take.measure();
+        }
+        let silent = (self.ship.is_some() || self.take.is_some()) && now.duration_since(self.heard) >= SILENCE;
+        silent.then(|| Ended::Lost(format!("nothing was heard for {} s", SILENCE.as_secs())))
+    }
+
+    fn has_frame(&self) -> bool {
+        let ack = self.ack.now && self.take.is_some();
+        let progress = self.progress.now && self.ship.is_some();
+        ack || progress || !self.queue.is_empty()
+    }
+
+    /// Acks and progress are made when they can leave, so they are always the newest.
+    fn next_frame(&mut self) -> Option<pb::Frame> {
+        let now = Instant::now();
+        if let Some(take) = self.take.as_mut().filter(|_| self.ack.now) {
+            self.ack.said(now);
+            return Some(frame(Body::Ack(take.ack())));
+        }
+        if let Some(ship) = self.ship.as_ref().filter(|_| self.progress.now) {
+            self.progress.said(now);
+            return Some(frame(Body::Progress(ship.progress())));
+        }
+        self.queue.pop_front()
+    }
+
+    fn heard(&mut self, frame: pb::Frame) -> Option<Ended> {
+        self.heard = Instant::now();
+        let own = self.shared.config.site.as_str();
+        let peer = self.wire.site.as_str();
+        match (frame.body, &mut self.ship, &mut self.take) {
+            (Some(Body::Ack(ack)), Some(ship), _) if ack.source == own => {
+                let outcome = ship.acked(&ack);
+                self.shipped(outcome)
+            }
+            (Some(Body::Fetch(fetch)), Some(ship), _) => {
+                let outcome = ship.fetch(fetch);
+                self.shipped(outcome)
+            }
+            (Some(Body::Batch(batch)), _, Some(take)) => {
+                let outcome = take.batch(batch);
+                self.taken(outcome)
+            }
+            (Some(Body::Progress(progress)), _, Some(take)) if progress.source == peer => {
+                take.progress(&progress, self.heard);
+                None
+            }
+            (Some(Body::Fetched(fetched)), _, Some(take)) => {
+                take.fetched(fetched);
+                None
+            }
+            (Some(Body::Reject(reject)), ship, _) => {
+                let rejection = Rejection::from(reject);
+                if let Some(ship) = ship {
+                    ship.rejected(rejection.clone());
+                }
+                Some(Ended::Rejected(rejection))
+            }
+            (Some(Body::Batch(_)), _, None) => {
+                let message = format!("site/{peer} ships a stream that is not received from it");
+                Some(Ended::Refused(super::wire::identity(message)))
+            }
+            // A frame of a newer kind, which an older version may skip.
+            (None, _, _) => None,
+            (Some(_), _, _) => Some(Ended::Refused(protocol("a frame that does not belong to this session"))),
+        }
+    }
+
+    fn shipped(&mut self, outcome: ship::Outcome) -> Option<Ended> {
+        match outcome {
+            ship::Outcome::Nothing => None,
+            ship::Outcome::Send(body) => {
+                self.progressed |= matches!(body, Body::Batch(_));
+                self.queue.push_back(frame(body));
+                None
+            }
+            ship::Outcome::Progress => {
+                self.progress.now = true;
+                None
+            }
+            ship::Outcome::Stop(Stop::Refuse(rejection)) => Some(Ended::Refused(rejection)),
+            ship::Outcome::Stop(Stop::Rejected(rejection)) => Some(Ended::Rejected(rejection)),
+            ship::Outcome::Stop(Stop::Restart(why)) => Some(Ended::Failed(why.to_owned())),
+            ship::Outcome::Failed(error) => Some(Ended::Failed(error)),
+        }
+    }
+
+    fn taken(&mut self, outcome: take::Outcome) -> Option<Ended> {
+        match outcome {
+            take::Outcome::Nothing => None,
+            take::Outcome::Ack => {
+                self.ack.now = true;
+                None
+            }
+            take::Outcome::Stored => {
+                (self.ack.now, self.progressed) = (true, true);
+                None
+            }
+            take::Outcome::Fetch(fetch) => {
+                self.queue.push_back(frame(Body::Fetch(fetch)));
+                None
+            }
+            take::Outcome::Reject(rejection) => Some(Ended::Refused(rejection)),
+            take::Outcome::Failed(error) => Some(Ended::Failed(error)),
+        }
+    }
+}
+
+impl Shared {
+    /// A session is open.
+    fn link_up(&self, entry: &PeerEntry, peer: &Peer) {
+        let now = Instant::now();
+        entry.status.send_modify(|status| {
+            let again = !status.error.is_empty();
+            tracing::info!(peer = %status.site, address = peer.address, again, "link is up");
+            status.enter(LinkState::Connected, String::new(), String::new(), now);
+            status.address.clone_from(&peer.address);
+            status.certificate_expiry = peer.certificate_expires;
+        });
+    }
+
+    /// A session that was open has ended.
+    fn link_down(&self, entry: &PeerEntry, ended: &Ended) {
+        match ended {
+            Ended::Cancelled | Ended::Duplicate => {
+                entry.status.send_modify(|status| {
+                    status.enter(LinkState::Connecting, String::new(), String::new(), Instant::now());
+                });
+            }
+            ended => self.link_failed(entry, None, ended),
+        }
+    }
+
+    /// There is no session, for this reason; said once until there is one again.
+    pub(super) fn link_failed(&self, entry: &PeerEntry, address: Option<&str>, ended: &Ended) {
+        let (state, error, hint) = match ended {
+            Ended::Rejected(rejection) | Ended::Refused(rejection) => {
+                self.note_deposed(ended, rejection);
+                let state = if rejection.is_transient() { LinkState::Connecting } else { LinkState::Refused };
+                let side = if matches!(ended, Ended::Rejected(_)) { "the peer refuses" } else { "refused here" };
+                (state, format!("{side}: {}", rejection.message), rejection.hint.clone())
+            }
+            Ended::Lost(error) | Ended::Failed(error) => (LinkState::Connecting, error.clone(), String::new()),
+            Ended::Closed => (LinkState::Connecting, "the peer closed the session".into(), String::new()),
+            Ended::Cancelled | Ended::Duplicate => return,
+        };
+        entry.status.send_modify(|status| {
+            if status.error.is_empty() {
+                tracing::warn!(peer = %status.site, error, hint, "link is down (said once until it is up again)");
+            }
+            status.enter(state, error, hint, Instant::now());
+            if let Some(address) = address {
+                address.clone_into(&mut status.address);
+            }
+        });
+    }
+
+    fn note_deposed(&self, ended: &Ended, rejection: &Rejection) {
+        if matches!(ended, Ended::Rejected(_)) && rejection.reason == Reason::Term {
+            let own = self.leadership().term;
+            if rejection.term > own {
+                tracing::error!(%own, newer = %rejection.term, "another agent of this site has taken over; this process must exit");
+                self.deposed.send_replace(Some(rejection.term));
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What the link shows of itself: one cell per peer and one per stream, each with one writer and any number of readers.
+
+use std::time::Duration;
+
+use farshore_api::replication::v1 as pb;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::wire::Rejection;
+use crate::model::{ClusterTime, Position, SiteName};
+
+/// State of the link to one peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkState {
+    /// A session is open.
+    Connected,
+    /// None is; it is tried again by itself.
+    Connecting,
+    /// One side refuses; a person may have to act. Tried again every few seconds.
+    Refused,
+}
+
+/// The link to one peer.
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    /// The peer.
+    pub site: SiteName,
+    /// Since `since`.
+    pub state: LinkState,
+    /// Where the peer is or was tried last.
+    pub address: String,
+    /// Why there is no session; empty when there is one.
+    pub error: String,
+    /// What to do about it; may be empty.
+    pub hint: String,
+    /// Round trip, when known.
+    pub rtt: Option<Duration>,
+    /// When the state was entered.
+    pub since: Instant,
+    /// When the peer's certificate expires, seconds since the Unix epoch.
+    pub certificate_expiry: Option<i64>,
+}
+
+impl PeerStatus {
+    pub(super) fn new(site: SiteName, now: Instant) -> Self {
+        Self {
+            site,
+            state: LinkState::Connecting,
+            address: String::new(),
+            error: String::new(),
+            hint: String::new(),
+            rtt: None,
+            since: now,
+            certificate_expiry: None,
+        }
+    }
+
+    pub(super) fn enter(&mut self, state: LinkState, error: String, hint: String, now: Instant) {
+        if self.state != state {
+            self.since = now;
+        }
+        (self.state, self.error, self.hint) = (state, error, hint);
+    }
+}
+
+/// Counters of one stream at this agent since its start.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Records shipped, or stored durably.
+    pub batches: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Records that failed their crc or could not be decoded.
+    pub corrupt_records: u64,
+    /// Rejections told or received.
+    pub rejects: u64,
+}
+
+/// One stream as this agent sees it.
+#[derive(Clone, Default, Debug)]
+pub struct StreamView {
+    /// Source side: end of what was sent in the current session.
+    pub sent: Option<Position>,
+    /// The target's durable position: as acknowledged (source side), or our own (target side).
+    pub received: Option<Position>,
+    /// The target's applied position, likewise.
+    pub applied: Option<Position>,
+    /// Target side: the newest word of the source, and when it came.
+    pub progress: Option<(SourceWord, Instant)>,
+    /// What was counted.
+    pub counters: Counters,
+    /// The newest rejection, told or received, and when.
+    pub last_reject: Option<(Rejection, Instant)>,
+    /// Whether the last session that carried the stream is still open.
+    pub open: bool,
+}
+
+/// What a source says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceWord {
+    /// Newest majority-committed cluster time.
+    pub head: ClusterTime,
+    /// End of what it captured.
+    pub captured: Option<Position>,
+    /// Changes captured since its start.
+    pub captured_changes: u64,
+    /// Their bytes.
+    pub captured_bytes: u64,
+    /// Its wall clock, milliseconds since the Unix epoch.
+    pub now_ms: i64,
+}
+
+impl From<&pb::Progress> for SourceWord {
+    fn from(progress: &pb::Progress) -> Self {
+        Self {
+            head: ClusterTime(progress.head),
+            captured: progress.captured.map(Into::into),
+            captured_changes: progress.captured_changes,
+            captured_bytes: progress.captured_bytes,
+            now_ms: progress.now_ms,
+        }
+    }
+}
+
+pub(super) type ViewCell = watch::Sender<StreamView>;
+
+pub(super) fn note_reject(view: &ViewCell, rejection: &Rejection, now: Instant) {
+    view.send_modify(|view| {
+        view.counters.rejects += 1;
+        view.last_reject = Some((rejection.clone(), now));
+    });
+}
