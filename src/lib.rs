@@ -4,5 +4,6 @@
 //! [`outbox`] (durable log), [`link`] (gRPC session), [`outbox`] again as the inbox, [`apply`] (lanes and transactions).
 //! [`model`] is the vocabulary they share; `agent` puts them together. See `docs/ARCHITECTURE.md`.
 
+pub mod link;
 pub mod model;
 pub mod outbox;

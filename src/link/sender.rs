@@ -100,7 +100,7 @@ impl Sender {
         matches!(self.state, State::Streaming { bytes, .. } if bytes < self.credit)
     }
 
-    /// Whether a stop of the outbox's wait is of interest.
+    /// Whether it matters that the outbox begins.
     pub fn waits_for_outbox(&self) -> bool {
         matches!(self.state, State::AwaitingOutbox(_))
     }
@@ -125,15 +125,15 @@ impl Sender {
             }
             (State::AwaitingHello, Event::Hello(receiving, outbox)) => self.greeted(receiving, outbox),
             (State::AwaitingGate(receiving), Event::Gate(Ok(()), outbox)) => self.begin(receiving, outbox),
-            (State::AwaitingGate(_), Event::Gate(Err(refusal), _)) => self.refuse(Reason::Start, refusal.message, refusal.hint),
+            (State::AwaitingGate(_), Event::Gate(Err(refusal), _)) => {
+                self.refuse(Reason::Start, refusal.message, refusal.hint)
+            }
             (State::AwaitingOutbox(receiving), Event::Outbox(outbox)) => self.begin(receiving, outbox),
             (State::Streaming { .. }, Event::Trimmed) => self.restart("the outbox no longer holds what comes next"),
             (State::Streaming { incarnation, sent, bytes }, Event::Record(batch)) => {
                 self.ship(incarnation, sent, bytes, &batch)
             }
-            (state @ (State::AwaitingGate(_) | State::AwaitingOutbox(_) | State::Streaming { .. }), Event::Outbox(_)) => {
-                self.stay(state)
-            }
+            (state @ (State::AwaitingGate(_) | State::Streaming { .. }), Event::Outbox(_)) => self.stay(state),
             (state, event) => panic!("sender in {state:?} got {event:?}"),
         }
     }
@@ -155,7 +155,9 @@ impl Sender {
 
     fn greeted(&mut self, receiving: Receiving, outbox: Option<OutboxView>) -> Option<Action> {
         match (outbox, receiving.received) {
-            (Some(outbox), Some(standing)) if outbox.incarnation != standing.incarnation => self.other_history(&receiving, outbox),
+            (Some(outbox), Some(standing)) if outbox.incarnation != standing.incarnation => {
+                self.other_history(&receiving, outbox)
+            }
             (Some(outbox), Some(standing)) if outbox.first <= standing.position => self.begin(receiving, Some(outbox)),
             _ => {
                 self.state = State::AwaitingGate(receiving);
@@ -189,7 +191,12 @@ impl Sender {
         if header.incarnation != incarnation {
             return self.restart("the outbox was begun again in another history");
         }
-        assert!(header.end > sent && bytes < self.credit, "record to {} after {sent}, {bytes} of {}", header.end, self.credit);
+        assert!(
+            header.end > sent && bytes < self.credit,
+            "record to {} after {sent}, {bytes} of {}",
+            header.end,
+            self.credit
+        );
         let bytes = bytes + batch.record().len() as u64;
         self.state = State::Streaming { incarnation, sent: header.end, bytes };
         Some(Action::Send(pb::Batch {

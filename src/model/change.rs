@@ -179,11 +179,12 @@ impl<'a> Change<'a> {
                 _ => {}
             }
         }
-        match self.op {
+        let done = match self.op {
             Op::Rename => need(self.to.is_some(), "to"),
             Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription"),
             _ => Ok(()),
-        }
+        };
+        done.map(|()| self)
     }
 
     /// The `_id` of the changed document.
