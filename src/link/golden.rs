@@ -51,6 +51,7 @@ fn frames_keep_their_bytes() {
                 epoch: 1,
                 term: 2,
                 record: batch(1, 3, 4).record().clone(),
+                begins: true,
             }),
         ),
         (

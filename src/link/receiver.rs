@@ -102,6 +102,11 @@ impl Receiver {
         self.durable
     }
 
+    /// Total bytes the source may have sent.
+    pub fn credit(&self) -> u64 {
+        self.credit
+    }
+
     /// The acknowledgement that is true now.
     pub fn ack(&self, applied: Option<Position>) -> pb::Ack {
         pb::Ack {
@@ -167,7 +172,7 @@ impl Receiver {
         let newer_term = self.fence(frame, &batch)?;
         let have = match &self.chain {
             Chain::At(view) => *view,
-            Chain::Fresh => self.begin(&batch, &mut actions)?,
+            Chain::Fresh => self.begin(&batch, frame.begins, &mut actions)?,
             Chain::Stopped => return Ok(Vec::new()),
         };
         let header = batch.header();
@@ -218,7 +223,7 @@ impl Receiver {
     }
 
     /// A stream begins at its first batch, or at the floor inside of it.
-    fn begin(&mut self, batch: &Batch, actions: &mut Vec<Action>) -> Result<InboxView, Rejection> {
+    fn begin(&mut self, batch: &Batch, begins: bool, actions: &mut Vec<Action>) -> Result<InboxView, Rejection> {
         let header = batch.header();
         if let Some(standing) = self.fresh.received.filter(|standing| standing.incarnation != header.incarnation) {
             let message =
@@ -229,7 +234,10 @@ impl Receiver {
                 "the source was rewound (restored?); resync the target",
             ));
         }
-        let floor = self.fresh.floor().unwrap_or(header.previous);
+        // Without a floor nothing but the source's word tells that no batch was lost before this one.
+        let Some(floor) = self.fresh.floor().or(begins.then_some(header.previous)) else {
+            return Err(gap(header.previous, Position::ZERO));
+        };
         if header.previous > floor {
             return Err(gap(header.previous, floor));
         }
@@ -300,7 +308,7 @@ mod tests {
     }
 
     fn shipped(batch: &Batch) -> pb::Batch {
-        pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch.record().clone() }
+        pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch.record().clone(), begins: true }
     }
 
     fn reason(actions: Vec<Action>) -> Reason {
@@ -378,6 +386,9 @@ mod tests {
         assert_eq!(begin(fresh(Some(11)), &first), begun(12, &first), "what the target has is not applied again");
         assert_eq!(reason(begin(fresh(Some(5)), &first)), Reason::Gap);
         assert_eq!(begin(fresh(Some(20)), &first), vec![]);
+        let mut lost = Receiver::new(fresh(None), None, Epoch(1), Term(0), WINDOW);
+        let second = pb::Batch { begins: false, ..shipped(&first) };
+        assert_eq!(reason(lost.on(Event::Batch(second))), Reason::Gap, "the first batch was lost");
         let standing = Standing { position: at(11), incarnation: incarnation(2), hash: StreamHash(0) };
         assert_eq!(reason(begin(Receiving { received: Some(standing), ..fresh(None) }, &first)), Reason::Incarnation);
     }

@@ -75,7 +75,7 @@ enum State {
     AwaitingHello,
     AwaitingGate(Receiving),
     AwaitingOutbox(Receiving),
-    Streaming { incarnation: Incarnation, sent: Position, bytes: u64 },
+    Streaming { incarnation: Incarnation, sent: Position, bytes: u64, begins: bool },
     Stopped,
 }
 
@@ -130,8 +130,15 @@ impl Sender {
             }
             (State::AwaitingOutbox(receiving), Event::Outbox(outbox)) => self.begin(receiving, outbox),
             (State::Streaming { .. }, Event::Trimmed) => self.restart("the outbox no longer holds what comes next"),
-            (State::Streaming { incarnation, sent, bytes }, Event::Record(batch)) => {
-                self.ship(incarnation, sent, bytes, &batch)
+            (State::Streaming { incarnation, sent, bytes, begins }, Event::Record(batch)) => {
+                let frame = pb::Batch {
+                    source: self.source.to_string(),
+                    epoch: self.epoch.0,
+                    term: self.term.0,
+                    record: batch.record().clone(),
+                    begins,
+                };
+                self.ship(incarnation, sent, bytes, &batch, frame)
             }
             (state @ (State::AwaitingGate(_) | State::Streaming { .. }), Event::Outbox(_)) => self.stay(state),
             (state, event) => panic!("sender in {state:?} got {event:?}"),
@@ -176,7 +183,8 @@ impl Sender {
             let message = format!("the outbox reaches back to {}, the target stands at {from}", outbox.first);
             return self.refuse(Reason::Start, message, "the target needs an initial copy".into());
         }
-        self.state = State::Streaming { incarnation: outbox.incarnation, sent: from, bytes: 0 };
+        let begins = receiving.received.is_none();
+        self.state = State::Streaming { incarnation: outbox.incarnation, sent: from, bytes: 0, begins };
         Some(Action::ReadFrom(from))
     }
 
@@ -186,7 +194,14 @@ impl Sender {
         self.refuse(Reason::Incarnation, message, "the source was rewound (restored?); resync the target".into())
     }
 
-    fn ship(&mut self, incarnation: Incarnation, sent: Position, bytes: u64, batch: &Batch) -> Option<Action> {
+    fn ship(
+        &mut self,
+        incarnation: Incarnation,
+        sent: Position,
+        bytes: u64,
+        batch: &Batch,
+        frame: pb::Batch,
+    ) -> Option<Action> {
         let header = batch.header();
         if header.incarnation != incarnation {
             return self.restart("the outbox was begun again in another history");
@@ -198,13 +213,8 @@ impl Sender {
             self.credit
         );
         let bytes = bytes + batch.record().len() as u64;
-        self.state = State::Streaming { incarnation, sent: header.end, bytes };
-        Some(Action::Send(pb::Batch {
-            source: self.source.to_string(),
-            epoch: self.epoch.0,
-            term: self.term.0,
-            record: batch.record().clone(),
-        }))
+        self.state = State::Streaming { incarnation, sent: header.end, bytes, begins: false };
+        Some(Action::Send(frame))
     }
 }
 
@@ -269,6 +279,12 @@ mod tests {
             let mut sender = sender();
             assert_eq!(sender.on(Event::Hello(receiving, view)), Some(Action::AskGate));
             assert_eq!(sender.on(Event::Gate(Ok(()), view)), Some(Action::ReadFrom(from)));
+            sender.on(Event::Credit(u64::MAX));
+            let mut begins = |from, to| match sender.on(Event::Record(batch(1, from, to))) {
+                Some(Action::Send(frame)) => frame.begins,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!((begins(5, 9), begins(9, 10)), (true, false), "only the first batch begins a stream");
         }
         let mut late = sender();
         late.on(Event::Hello(fresh(Some(3)), outbox(5)));

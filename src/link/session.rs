@@ -235,8 +235,9 @@ impl<'a> Session<'a> {
             () = self.cancel.cancelled() => Event::Cancelled,
             _ = self.leadership.changed() => Event::Leadership,
             _ = self.tick.tick() => Event::Tick,
-            _ = self.wire.out.reserve(), if something => Event::CanSend,
+            // Before sending, so that the commits of one group share an acknowledgement.
             event = async { take.as_mut().expect("checked").next().await }, if take.is_some() => Event::Take(event),
+            _ = self.wire.out.reserve(), if something => Event::CanSend,
             frame = self.wire.incoming.next() => Event::Incoming(frame),
             event = async { ship.as_mut().expect("checked").next(room).await }, if ship.is_some() => Event::Ship(event),
         }

@@ -234,7 +234,7 @@ impl Take {
     }
 
     pub(super) fn batch(&mut self, batch: pb::Batch) -> Outcome {
-        let before = self.machine.ack(None).credit;
+        let before = self.machine.credit();
         for action in self.machine.on(receiver::Event::Batch(batch)) {
             match action {
                 Action::Begin { incarnation, epoch, at, hash } => {
@@ -250,7 +250,7 @@ impl Take {
                 }
             }
         }
-        match self.machine.ack(None).credit > before {
+        match self.machine.credit() > before {
             true => Outcome::Ack,
             false => Outcome::Nothing,
         }

@@ -15,7 +15,7 @@ pub(super) fn incarnation(n: u8) -> Incarnation {
 
 /// The stream hash of the test history at ordinal 0 of `time`.
 pub(super) fn hash_before(time: u64) -> StreamHash {
-    (1..time).fold(StreamHash(0), |hash, t| roll(hash, t))
+    (1..time).fold(StreamHash(0), roll)
 }
 
 fn roll(hash: StreamHash, time: u64) -> StreamHash {

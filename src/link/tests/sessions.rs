@@ -54,7 +54,7 @@ fn hello(name: &str, term: u64) -> Body {
 
 fn shipped(source: &str, from: u64) -> Body {
     let record = batch(1, from, from + 2).record().clone();
-    Body::Batch(pb::Batch { source: source.into(), epoch: 1, term: 5, record })
+    Body::Batch(pb::Batch { source: source.into(), epoch: 1, term: 5, record, begins: from == 10 })
 }
 
 #[tokio::test]
