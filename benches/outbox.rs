@@ -44,6 +44,7 @@ fn codec(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("record");
     group.throughput(Throughput::Bytes(u64::from(encoded.header().raw_len)));
     group.bench_function("encode", |b| b.iter(|| batch(1, &mut StreamHash::default(), black_box(&changes))));
+    group.throughput(Throughput::Bytes(encoded.record().len() as u64));
     group.bench_function("decode", |b| {
         b.iter_batched(
             || encoded.record().clone(),
@@ -51,6 +52,7 @@ fn codec(criterion: &mut Criterion) {
             BatchSize::SmallInput,
         );
     });
+    group.throughput(Throughput::Bytes(u64::from(encoded.header().raw_len)));
     group.bench_function("changes", |b| b.iter(|| black_box(&encoded).changes().expect("changes").entries().count()));
     group.finish();
 }

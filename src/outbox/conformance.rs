@@ -41,7 +41,8 @@ enum Op {
 fn ops() -> impl Strategy<Value = (usize, Op)> {
     let op = prop_oneof![
         1 => (0u64..20).prop_map(|at| Op::Begin { at }),
-        12 => (-1i64..4, 0u64..4, proptest::option::of(any::<u8>())).prop_map(|(back, forward, token)| Op::Append { back, forward, token }),
+        12 => (-1i64..4, 0u64..4, proptest::option::of(any::<u8>()))
+            .prop_map(|(back, forward, token)| Op::Append { back, forward, token }),
         2 => any::<u8>().prop_map(Op::Token),
         1 => (0u64..5).prop_map(Op::Term),
         3 => any::<Index>().prop_map(Op::Trim),

@@ -34,7 +34,8 @@ pub enum Error {
     Rewind { log: LogId, to: Position, reason: &'static str },
     /// The quota is used up; nothing was written.
     #[error(
-        "{log} is full: all logs hold {bytes} of {limit} bytes; let the peer catch up, or raise the outbox limit (the oplog keeps the history meanwhile)"
+        "{log} is full: all logs hold {bytes} of {limit} bytes; let the peer catch up, \
+         or raise the outbox limit (the oplog keeps the history meanwhile)"
     )]
     Full { log: LogId, bytes: u64, limit: u64 },
     /// An earlier write failed; the log only serves reads until the process starts again.
@@ -50,11 +51,15 @@ pub enum Error {
     Corrupt { log: LogId, position: Position, reason: String },
     /// The store itself is damaged.
     #[error(
-        "the store is damaged ({what}): {reason}; move its directory away and restart, the agent captures again from the oplog"
+        "the store is damaged ({what}): {reason}; move its directory away and restart, \
+         the agent captures again from the oplog"
     )]
     Damaged { what: String, reason: String },
     /// Another process uses the directory.
-    #[error("{} is in use by another process; one agent per data directory: stop the other one or configure another directory", dir.display())]
+    #[error(
+        "{} is in use by another process; one agent per directory: stop the other one or configure another directory",
+        dir.display()
+    )]
     Locked { dir: PathBuf },
     /// Written by a newer version.
     #[error("the store has format version {found}, this version reads up to {supported}; upgrade this agent first")]
@@ -64,7 +69,8 @@ pub enum Error {
     KeyMissing { id: String },
     /// The store is encrypted with another key.
     #[error(
-        "the store is encrypted with key {stored}, the configured key is {given}; configure the right key file, or start with an empty directory"
+        "the store is encrypted with key {stored}, the configured key is {given}; configure the right key file, \
+         or start with an empty directory"
     )]
     KeyWrong { stored: String, given: String },
     /// The disk or the database said no.

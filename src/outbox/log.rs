@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use tokio::sync::{oneshot, watch};
 
-use super::writer::{Channel, Shared};
+use super::logs::{Channel, Shared};
 use super::{Error, LogId, LogState, Reader, Write};
 use crate::model::{Batch, Epoch, Incarnation, Position, StreamHash, Term};
 
@@ -59,7 +59,8 @@ impl Log {
         Commit(self.shared.send(&self.channel, write).await?).await
     }
 
-    /// (Re)starts the log empty at `at`; its readers end with `Error::Restarted`. What is released stays released within the incarnation.
+    /// (Re)starts the log empty at `at`; its readers end with `Error::Restarted`. What is released stays released
+    /// within the incarnation.
     ///
     /// # Errors
     /// The write failed, or the logs are closed.
@@ -108,7 +109,8 @@ impl Log {
         self.write(Write::Term { log: self.id().clone(), term }).await.map(drop)
     }
 
-    /// Drops what is above `to`, which is `first` or the end of a readable record ([`Self::salvage`] names the last); readers end with `Error::Restarted`.
+    /// Drops what is above `to`, which is `first` or the end of a readable record ([`Self::salvage`] names the last);
+    /// readers end with `Error::Restarted`.
     ///
     /// # Errors
     /// `Error::Rewind` when no record ends there, or a failed write.
@@ -116,8 +118,8 @@ impl Log {
         self.write(Write::Rewind { log: self.id().clone(), to, hash, token }).await.map(drop)
     }
 
-    /// Reads the log until something is wrong: the end and stream hash of the last good record. `None` when not even the
-    /// first one is readable. The log is at its end when nothing is wrong.
+    /// Reads the log until something is wrong: the end and stream hash of the last good record. `None` when not even
+    /// the first one is readable. The log is at its end when nothing is wrong.
     ///
     /// # Errors
     /// The disk cannot be read, or the log has not begun.
@@ -148,7 +150,8 @@ impl Log {
         Ok(good)
     }
 
-    /// Everything at or below `through` of that incarnation is no longer needed by any member: trimmed as soon as retention allows, in large steps.
+    /// Everything at or below `through` of that incarnation is no longer needed by any member: trimmed as soon as
+    /// retention allows, in large steps.
     pub fn release(&self, incarnation: Incarnation, through: Position) {
         let mut released = self.channel.released.lock().expect("no holder panics");
         let old = released.filter(|(of, _)| *of == incarnation).map(|(_, position)| position);

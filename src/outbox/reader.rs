@@ -9,12 +9,15 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::writer::{Channel, Shared};
+use super::logs::{Channel, Shared};
 use super::{Error, LogState, Stored};
 use crate::model::Position;
 
 /// Bytes read from the store at once; a reader holds at most two such pieces.
 const READ_BYTES: usize = 2 << 20;
+
+/// A read of the store on a blocking thread.
+type Reading = JoinHandle<Result<Vec<Stored>, Error>>;
 
 /// A cursor over one log.
 pub struct Reader {
@@ -25,7 +28,7 @@ pub struct Reader {
     position: Position,
     ready: VecDeque<Stored>,
     /// A read of the store from that position, under way.
-    ahead: Option<(Position, JoinHandle<Result<Vec<Stored>, Error>>)>,
+    ahead: Option<(Position, Reading)>,
 }
 
 impl Reader {
@@ -99,7 +102,7 @@ impl Reader {
         }
     }
 
-    fn spawn(&self, generation: u64, after: Position) -> JoinHandle<Result<Vec<Stored>, Error>> {
+    fn spawn(&self, generation: u64, after: Position) -> Reading {
         let (store, log) = (Arc::clone(&self.shared.store), self.channel.id.clone());
         self.shared.tasks.spawn_blocking(move || store.read_of(&log, Some(generation), after, READ_BYTES))
     }

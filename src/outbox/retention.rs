@@ -126,11 +126,13 @@ mod tests {
     proptest! {
         #[test]
         fn never_above_the_release_and_always_forward(
-            first in 0u32..50, length in 0u32..200, released in 0u32..300, retention in 0u64..1000, seconds in 0u64..300, level in 0u8..3,
+            first in 0u32..50, length in 0u32..200, released in 0u32..300,
+            retention in 0u64..1000, seconds in 0u64..300, level in 0usize..3,
         ) {
             let (state, marks) = log(first, first + length);
-            let pressure = [Pressure::None, Pressure::High, Pressure::Full][usize::from(level)];
-            if let Some(through) = trim_through(&state, &marks, second(released), &quota(retention, seconds), pressure) {
+            let pressure = [Pressure::None, Pressure::High, Pressure::Full][level];
+            let quota = quota(retention, seconds);
+            if let Some(through) = trim_through(&state, &marks, second(released), &quota, pressure) {
                 prop_assert!(through <= second(released) && through > state.first && through <= state.end);
             }
         }

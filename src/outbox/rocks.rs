@@ -1,7 +1,11 @@
-//! The store on RocksDB, and the only file that imports it. Layout and reasons: the module text of [`super`] and [`super::keys`].
+//! The store on RocksDB; only this file and its options import it. Layout and reasons: the module texts of [`super`]
+//! and
+//! [`super::keys`].
+
+mod options;
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -10,9 +14,12 @@ use std::sync::{Mutex, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBRawIteratorWithThreadMode, DBRecoveryMode, DBWithThreadMode,
-    ErrorKind, LogLevel, MultiThreaded, Options, ReadOptions, WriteBatch, WriteOptions,
+    Cache, ColumnFamilyDescriptor, DBRawIteratorWithThreadMode, DBWithThreadMode, ErrorKind, MultiThreaded, Options,
+    ReadOptions, WriteBatch, WriteOptions,
 };
+
+use options::FILE_BYTES;
+pub use options::RocksOptions;
 
 use super::envelope::{EncryptionKey, EnvelopeError, Sealer, hex};
 use super::keys::{self, Key};
@@ -22,88 +29,18 @@ use crate::model::Position;
 
 /// Newest store format this version reads, and the one it writes.
 const FORMAT: u32 = 1;
+/// Its holder is the one process that may open the directory.
+const LOCK: &str = "farshore.lock";
 /// Column family of states and meta.
 const STATE: &str = "state";
-/// Memtable of one log: also the size of its files, hence the grain of reclaiming.
-const FILE_BYTES: usize = 8 << 20;
-/// A write-ahead log this large makes RocksDB flush whatever pins it.
-const WAL_BYTES: u64 = 64 << 20;
-/// Open table files; each costs a descriptor and a few KiB.
-const OPEN_FILES: i32 = 256;
-
 type Db = DBWithThreadMode<MultiThreaded>;
-
-/// How to open a [`RocksStore`].
-#[derive(Clone, Debug)]
-pub struct RocksOptions {
-    /// Encrypts what is written from now on; what is there must be plain or of the same key.
-    pub key: Option<EncryptionKey>,
-    /// About how much memory RocksDB may use, in bytes.
-    pub memory: usize,
-}
-
-impl Default for RocksOptions {
-    fn default() -> Self {
-        Self { key: None, memory: 48 << 20 }
-    }
-}
-
-impl RocksOptions {
-    fn database(&self) -> Options {
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-        options.set_max_total_wal_size(WAL_BYTES);
-        options.set_db_write_buffer_size(self.memory / 2);
-        options.set_max_open_files(OPEN_FILES);
-        options.set_max_background_jobs(2);
-        options.set_bytes_per_sync(1 << 20);
-        options.set_max_manifest_file_size(4 << 20);
-        options.set_keep_log_file_num(2);
-        options.set_max_log_file_size(1 << 20);
-        options.set_log_level(LogLevel::Warn);
-        options.set_stats_dump_period_sec(0);
-        options.set_stats_persist_period_sec(0);
-        options
-    }
-
-    /// Records: keys only grow, so files never overlap, and two levels with trivial moves need no rewriting.
-    fn records(&self, cache: &Cache) -> Options {
-        let mut options = Options::default();
-        options.set_num_levels(2);
-        options.set_level_zero_file_num_compaction_trigger(2);
-        options.set_write_buffer_size(FILE_BYTES.min(self.memory / 4));
-        options.set_max_write_buffer_number(3);
-        options.set_target_file_size_base(FILE_BYTES as u64);
-        options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_ttl(0);
-        options.set_periodic_compaction_seconds(0);
-        options.set_block_based_table_factory(&table(cache));
-        options
-    }
-
-    fn state(&self, cache: &Cache) -> Options {
-        let mut options = Options::default();
-        options.set_write_buffer_size(2 << 20);
-        options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_block_based_table_factory(&table(cache));
-        options
-    }
-}
-
-fn table(cache: &Cache) -> BlockBasedOptions {
-    let mut table = BlockBasedOptions::default();
-    table.set_block_cache(cache);
-    table.set_cache_index_and_filter_blocks(true);
-    table.set_block_size(16 << 10);
-    table
-}
 
 /// Logs in a RocksDB directory.
 pub struct RocksStore {
     /// `None` once closed.
     db: RwLock<Option<Db>>,
+    /// Held as long as the database is open; declared after it, so released after it.
+    lock: Mutex<Option<File>>,
     ledgers: RwLock<BTreeMap<LogId, Ledger>>,
     writing: Mutex<()>,
     sealer: Sealer,
@@ -125,6 +62,7 @@ impl RocksStore {
         };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(context)?;
         fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(context)?;
+        let lock = lock(dir)?;
         let cache = Cache::new_lru_cache(options.memory / 6);
         let records = options.records(&cache);
         let database = options.database();
@@ -144,6 +82,7 @@ impl RocksStore {
         let ledgers = load(&db, &sealer)?;
         let store = Self {
             db: RwLock::new(Some(db)),
+            lock: Mutex::new(Some(lock)),
             ledgers: RwLock::new(ledgers),
             writing: Mutex::new(()),
             sealer,
@@ -197,7 +136,8 @@ impl RocksStore {
         }
     }
 
-    /// RocksDB makes files with the process's umask; only the owner may read them. (The directory is closed to others anyway.)
+    /// RocksDB makes files with the process's umask; only the owner may read them. (The directory is closed to others
+    /// anyway.)
     fn sweep_modes(&self) -> io::Result<()> {
         self.unswept.store(0, Ordering::Relaxed);
         for entry in fs::read_dir(&self.dir)? {
@@ -223,6 +163,18 @@ impl RocksStore {
     }
 }
 
+/// RocksDB has a lock too, but touches files of the directory before it looks at it.
+fn lock(dir: &Path) -> Result<File, Error> {
+    let context =
+        |error: io::Error| Error::Io { context: format!("lock {}", dir.display()), reason: error.to_string() };
+    let file = File::create(dir.join(LOCK)).map_err(context)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(context(error)),
+    }
+}
+
 fn synced() -> WriteOptions {
     let mut options = WriteOptions::default();
     options.set_sync(true);
@@ -242,10 +194,6 @@ fn failed(context: &str, error: &rocksdb::Error) -> Error {
 }
 
 fn opening(dir: &Path, error: &rocksdb::Error) -> Error {
-    let text = error.to_string();
-    if error.kind() == ErrorKind::IOError && (text.contains("/LOCK") || text.contains("lock hold by")) {
-        return Error::Locked { dir: dir.to_owned() };
-    }
     failed(&format!("open {}", dir.display()), error)
 }
 
@@ -284,10 +232,10 @@ fn check_format(db: &Db) -> Result<(), Error> {
 }
 
 fn check_key(db: &Db, key: Option<&EncryptionKey>) -> Result<(), Error> {
-    let stored = get_plain(db, &Key::KeyId)?;
+    let stored = get_plain(db, &Key::Cipher)?;
     match (stored, key) {
         (None, None) => Ok(()),
-        (None, Some(key)) => put_plain(db, &Key::KeyId, &key.id()),
+        (None, Some(key)) => put_plain(db, &Key::Cipher, &key.id()),
         (Some(id), None) => Err(Error::KeyMissing { id: hex(&id) }),
         (Some(id), Some(key)) if id == key.id()[..] => Ok(()),
         (Some(id), Some(key)) => Err(Error::KeyWrong { stored: hex(&id), given: hex(&key.id()) }),
@@ -507,6 +455,7 @@ impl Store for RocksStore {
         if let Some(db) = self.db.write().expect("no holder panics").take() {
             db.cancel_all_background_work(true);
         }
+        drop(self.lock.lock().expect("no holder panics").take());
     }
 }
 
@@ -529,6 +478,19 @@ impl RocksStore {
         let files = guard.as_ref().expect("open").live_files().expect("files");
         let ours = files.into_iter().filter(|file| file.column_family_name == keys::family(log));
         ours.map(|file| (file.level, file.size as u64)).collect()
+    }
+
+    /// Bytes written to files for each byte flushed, with one decimal; 1.0 when nothing was written twice.
+    pub(super) fn write_amplification(&self, log: &LogId) -> String {
+        let guard = self.db();
+        let db = guard.as_ref().expect("open");
+        let cf = db.cf_handle(&keys::family(log)).expect("family");
+        let stats = db.property_value_cf(&cf, "rocksdb.cfstats").expect("property").expect("known");
+        let sum = stats.lines().find(|line| line.trim_start().starts_with("Sum")).expect("a sum");
+        let header = stats.lines().find(|line| line.contains("W-Amp")).expect("a header");
+        let column = header.split_whitespace().position(|name| name == "W-Amp").expect("a column");
+        // Sizes have a unit of their own.
+        sum.split_whitespace().nth(column + 1).expect("a value").to_owned()
     }
 
     /// Pretends that a newer version wrote the store.

@@ -63,7 +63,8 @@ pub struct LogState {
 pub enum Write {
     /// (Re)starts the log empty at `at`; only the term is kept.
     Begin { log: LogId, incarnation: Incarnation, epoch: Epoch, at: Position, hash: StreamHash, token: Option<Bytes> },
-    /// Needs `previous <= end < batch end`, the same incarnation and, where they meet exactly, the same stream hash. Without a token the old one is kept.
+    /// Needs `previous <= end < batch end`, the same incarnation and, where they meet exactly, the same stream hash.
+    /// Without a token the old one is kept.
     Append { log: LogId, batch: Batch, token: Option<Bytes> },
     /// Replaces the resume token.
     Token { log: LogId, token: Bytes },
@@ -71,7 +72,8 @@ pub enum Write {
     Term { log: LogId, term: Term },
     /// Removes records that end at or below `through`.
     Trim { log: LogId, through: Position },
-    /// Removes records that end above `to`, which must be `first` or the end of a readable record; `hash` and `token` become the log's.
+    /// Removes records that end above `to`, which must be `first` or the end of a readable record; `hash` and `token`
+    /// become the log's.
     Rewind { log: LogId, to: Position, hash: StreamHash, token: Option<Bytes> },
 }
 
@@ -118,7 +120,8 @@ pub trait Store: Send + Sync + 'static {
     /// All logs that have begun.
     fn logs(&self) -> Result<Vec<LogId>, Error>;
 
-    /// Records with `end > after` in order: at least one if there is any, up to `max_bytes`. Every record and the chain are checked.
+    /// Records with `end > after` in order: at least one if there is any, up to `max_bytes`. Every record and the chain
+    /// are checked.
     /// With a generation, `Error::Restarted` when the log's is another.
     fn read_of(
         &self,
