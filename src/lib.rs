@@ -5,11 +5,14 @@
 //! [`model`] is the vocabulary they share; `agent` puts them together. See `docs/ARCHITECTURE.md`.
 
 pub mod admin;
+pub mod agent;
 pub mod apply;
 pub mod cli;
 pub mod config;
+pub mod lease;
 pub mod link;
 pub mod model;
 pub mod mongo;
 pub mod outbox;
 pub mod source;
+pub mod supervisor;

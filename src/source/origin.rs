@@ -66,25 +66,47 @@ async fn replica_set_id(client: &Client) -> Result<Option<ObjectId>, Failure> {
     Ok(found.and_then(|c| c.get_document("settings").ok()?.get_object_id("replicaSetId").ok()))
 }
 
-/// What a stream that starts from nothing needs to know of its source.
+/// How the source was found when an agent first looked at it under this incarnation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Beginning {
-    /// Nothing before this time matters: the source was looked at then.
+    /// Nothing before this time matters to a stream that starts from nothing.
     pub at: ClusterTime,
-    /// User collections that were there, as `db.collection`; empty when the stream may start from nothing.
+    /// User collections that were there, as `db.collection`; empty when a stream may start from nothing.
     pub collections: Vec<String>,
 }
 
-/// Takes a majority-written time first and lists the collections after it, so that nothing falls in between.
+const BEGINNING: &str = "beginning";
+
+/// Reads how the source was found, or looks now and keeps it. The collections are listed after a majority-written time is
+/// taken, so that nothing falls in between.
 ///
 /// # Errors
 /// MongoDB is unreachable or refuses.
-pub async fn beginning(client: &Client) -> Result<Beginning, Failure> {
-    let statement = doc! {"q": {"_id": "beginning"}, "u": {"$set": {"at": bson::DateTime::now()}}, "upsert": true};
-    let command = doc! {"update": "site", "updates": [statement]};
+pub async fn beginning(client: &Client, incarnation: Incarnation) -> Result<Beginning, Failure> {
+    let site = client.database("farshore").collection::<bson::Document>("site");
+    let id = Binary { subtype: BinarySubtype::Generic, bytes: incarnation.0.to_vec() };
+    let own = doc! {"_id": BEGINNING, "incarnation": id.clone()};
+    let majority = mongodb::options::ReadConcern::majority();
+    let found = site.find_one(own).read_concern(majority).await.map_err(Failure::of("read the stream's beginning"))?;
+    if let Some(found) = found
+        && let Ok(at) = found.get_timestamp("at")
+    {
+        let names = found.get_array("collections").into_iter().flatten().filter_map(|n| Some(n.as_str()?.to_owned()));
+        return Ok(Beginning { at: mongo::cluster_time(at), collections: names.collect() });
+    }
+    let mark = doc! {"q": {"_id": "look"}, "u": {"$set": {"at": bson::DateTime::now()}}, "upsert": true};
+    let command = doc! {"update": "site", "updates": [mark]};
     let reply = mongo::run_majority(client, "farshore", command, "write the stream's beginning").await?;
     let at = reply.get_timestamp("operationTime").map(mongo::cluster_time).unwrap_or_default();
-    let collections = mongo::user_collections(client).await?;
-    let collections = collections.iter().map(|(db, entry)| format!("{db}.{}", entry.get_str("name").unwrap_or("?"))).collect();
+    let collections = collection_names(client).await?;
+    let set = doc! {"incarnation": id, "at": mongo::timestamp(at), "collections": &collections};
+    let keep = doc! {"q": {"_id": BEGINNING}, "u": {"$set": set}, "upsert": true};
+    let command = doc! {"update": "site", "updates": [keep]};
+    mongo::run_majority(client, "farshore", command, "keep the stream's beginning").await?;
     Ok(Beginning { at, collections })
+}
+
+async fn collection_names(client: &Client) -> Result<Vec<String>, Failure> {
+    let collections = mongo::user_collections(client).await?;
+    Ok(collections.iter().map(|(db, entry)| format!("{db}.{}", entry.get_str("name").unwrap_or("?"))).collect())
 }

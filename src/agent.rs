@@ -1,0 +1,638 @@
+//! The agent: puts the modules together, in the order in which they depend on each other, and runs them until told to
+//! stop.
+//!
+//! The originating site captures and serves; a standby receives and applies. Every agent of a site captures or receives
+//! into its own disk; only the one that holds the site's lease ships and applies.
+
+mod clients;
+mod console;
+mod gate;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use farshore_api::tls::{Reloading, TlsFiles};
+use mongodb::Client;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin::control::{Console as _, ControlService};
+use crate::admin::health::{self, Health, HealthServer, Heartbeat as Liveness, Latch, Readiness};
+use crate::admin::metrics::Metrics;
+use crate::admin::telemetry;
+use crate::apply::engine::{self, ApplyStatus, Engine};
+use crate::apply::mongo::MongoTarget;
+use crate::config::{self, Config};
+use crate::lease::Lease;
+use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, TlsTransport, Transport as _};
+use crate::model::{Epoch, Position, SiteName, StreamId};
+use crate::mongo;
+use crate::outbox::{EncryptionKey, LogId, Logs, Quota, RocksOptions, RocksStore, Store};
+use crate::source::capture::{Capture, CaptureStatus, History};
+use crate::source::fetch::Fetcher;
+use crate::source::heartbeat::{Head, Heartbeat};
+use crate::source::origin;
+use crate::source::tail::MongoTail;
+use crate::supervisor::{Stage, Stop, Supervisor};
+use console::{AgentConsole, MongoView};
+
+/// Until groups are stored in MongoDB there is one epoch.
+pub const EPOCH: Epoch = Epoch(1);
+/// Wire version of MongoDB 8.0, which may put several changes outside of transactions at one cluster time.
+const WIRE_8_0: i32 = 25;
+/// Oldest MongoDB with what the agent needs (6.0: expanded events, `collectionUUID`).
+const WIRE_6_0: i32 = 17;
+const WATCH_MONGO: Duration = Duration::from_secs(5);
+
+type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
+
+/// Runs an agent in the foreground; the verb `farshore agent`.
+pub fn run(path: &Path) -> ExitCode {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(problems) => {
+            eprintln!("{problems}");
+            return ExitCode::from(2);
+        }
+    };
+    let over = std::env::var(telemetry::LEVEL_VARIABLE).ok();
+    if let Err(error) = telemetry::init(config.log.format, &config.log.level, over.as_deref()) {
+        eprintln!("{error}");
+        return ExitCode::from(2);
+    }
+    abort_on_panic();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let stop = match runtime {
+        Ok(runtime) => runtime.block_on(Agent::run(Arc::new(config))),
+        Err(error) => Err(format!("cannot start the runtime: {error}")),
+    };
+    match stop {
+        Ok(Stop::Requested) => ExitCode::SUCCESS,
+        Ok(Stop::Ended { task, reason }) => {
+            tracing::error!(task, reason, "the agent stops");
+            ExitCode::FAILURE
+        }
+        Err(reason) => {
+            tracing::error!(reason, "the agent cannot run");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A panic is a broken invariant: the process ends at once and starts again from what is stored.
+fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
+/// What every part of the agent is made from.
+struct Agent {
+    config: Arc<Config>,
+    tasks: TaskTracker,
+    supervisor: Supervisor,
+    client: Client,
+    logs: Arc<Logs>,
+    lease: watch::Sender<Leadership>,
+    /// What the link sees: leading only when the inbox is in order.
+    carrying: watch::Sender<Leadership>,
+    mongo: watch::Sender<MongoView>,
+    head: watch::Sender<Head>,
+    progress: watch::Sender<SourceProgress>,
+    capture: watch::Sender<CaptureStatus>,
+    applied: watch::Sender<Option<Position>>,
+    apply: watch::Sender<ApplyStatus>,
+}
+
+impl Agent {
+    async fn run(config: Arc<Config>) -> Result<Stop, String> {
+        for warning in &config.warnings {
+            tracing::warn!(key = warning.key, "{}; {}", warning.what, warning.mend);
+        }
+        let (readiness, startup) = Readiness::new();
+        let metrics = Arc::new(Metrics::new());
+        let alive = Arc::new(Liveness::new(Instant::now()));
+        let _health = serve_health(&config, &readiness, &alive, &metrics)?;
+        let tls = load_tls(&config)?;
+        let tasks = TaskTracker::new();
+        let logs = open_logs(&config, &tasks).await?;
+        let connections = u32::try_from(config.apply.workers).unwrap_or(64) + 12;
+        let client = clients::connect(&config.mongodb, connections).await?;
+        let mut agent = Self {
+            tasks,
+            supervisor: Supervisor::new(),
+            client,
+            logs,
+            lease: watch::Sender::default(),
+            carrying: watch::Sender::default(),
+            mongo: watch::Sender::default(),
+            head: watch::Sender::default(),
+            progress: watch::Sender::default(),
+            capture: watch::Sender::default(),
+            applied: watch::Sender::default(),
+            apply: watch::Sender::default(),
+            config,
+        };
+        agent.start(tls, alive, metrics, startup).await?;
+        let stop = agent.wait().await;
+        let _stopping = readiness.latch("stopping");
+        agent.stop().await;
+        Ok(stop)
+    }
+
+    fn originates(&self) -> bool {
+        self.config.group.primary == self.config.site.name
+    }
+
+    /// The site whose changes are received here.
+    fn source(&self) -> Option<SiteName> {
+        (!self.originates()).then(|| self.config.group.primary.clone())
+    }
+
+    async fn start(&mut self, tls: Arc<Reloading>, alive: Arc<Liveness>, metrics: Arc<Metrics>, startup: Latch) -> Result<(), String> {
+        let intake = self.supervisor.token(Stage::Intake);
+        let transport = Arc::new(TlsTransport::new(tls.clone(), self.tasks.clone()));
+        let listening = transport.listen(&self.config.link.listen.to_string(), intake.clone()).await;
+        let listener = listening
+            .map_err(|error| format!("cannot listen on {} (link.listen): {error}", self.config.link.listen))?;
+        let gate = Arc::new(gate::Gate {
+            client: self.client.clone(),
+            outbox: self.logs.log(&LogId::Outbox),
+            start_at: self.config.apply.start_at,
+            source: ArcSwapOption::empty(),
+        });
+        let hub = Arc::new(self.start_hub(&gate, transport, intake.clone()));
+        self.follow_lease(&hub);
+        if self.originates() {
+            self.start_source(gate);
+            self.release_outbox(&hub);
+        } else {
+            self.watch_mongo();
+        }
+        if let Some(source) = self.source() {
+            self.start_apply(source, hub.clone());
+        }
+        let console = Arc::new(self.console(hub.clone()));
+        let seen = console.clone();
+        metrics.observe(move || seen.status());
+        metrics.own_certificate_expires(tls.expires().saturating_mul(1000));
+        let control = ControlService::new(console, intake.clone()).into_server();
+        let routes = tonic::service::Routes::new(control);
+        let serving = hub.clone();
+        let serve_until = intake.clone();
+        self.supervisor.spawn(Stage::Intake, "server", async move {
+            crate::link::server::serve(&serving, routes, listener, serve_until).await
+        });
+        self.supervisor.spawn(Stage::Intake, "certificates", async move {
+            crate::link::follow_files(tls, intake).await;
+            Ok(())
+        });
+        let base = self.supervisor.token(Stage::Base);
+        self.supervisor.spawn(Stage::Base, "liveness", beat(alive, base));
+        drop(startup);
+        tracing::info!(site = %self.config.site.name, group = self.config.group.name, listen = %self.config.link.listen, agent = %self.logs.agent_id(), "agent started");
+        Ok(())
+    }
+
+    fn start_hub(&self, gate: &Arc<gate::Gate>, transport: Arc<TlsTransport>, cancel: CancellationToken) -> Hub {
+        let peer = |peer: &config::Peer| PeerConfig {
+            site: peer.site.clone(),
+            addresses: peer.addresses.clone(),
+            dial: peer.dial,
+        };
+        let applied = self.source().map(|source| (source, self.applied.subscribe())).into_iter().collect::<BTreeMap<_, _>>();
+        let agent = self.logs.agent_id();
+        let config = HubConfig {
+            site: self.config.site.name.clone(),
+            group: self.config.group.name.clone(),
+            agent,
+            epoch: EPOCH,
+            originates: self.originates(),
+            receives: self.source().into_iter().collect(),
+            peers: self.config.peers.iter().map(peer).collect(),
+            credit: self.config.link.credit.0,
+            seed: u64::from_le_bytes(agent.0[..8].try_into().expect("16 bytes")),
+        };
+        let outbox = self.logs.log(&LogId::Outbox);
+        let inputs = HubInputs {
+            logs: self.logs.clone(),
+            leadership: self.carrying.subscribe(),
+            progress: self.progress.subscribe(),
+            applied,
+            fetch: Arc::new(gate::Fetches { fetcher: Fetcher::new(self.client.clone()), outbox }),
+            gate: gate.clone(),
+            transport,
+            clock: wall_clock(),
+        };
+        Hub::start(config, inputs, &self.tasks, cancel)
+    }
+
+    fn console(&self, hub: Arc<Hub>) -> AgentConsole {
+        AgentConsole {
+            config: self.config.clone(),
+            logs: self.logs.clone(),
+            hub,
+            clock: wall_clock(),
+            leadership: self.lease.subscribe(),
+            mongo: self.mongo.subscribe(),
+            head: self.head.subscribe(),
+            progress: self.progress.subscribe(),
+            capture: self.capture.subscribe(),
+            apply: self.source().map(|source| (source, self.apply.subscribe())),
+        }
+    }
+
+    /// Keeps the lease; when it is gained, the inbox is put in order before streams flow.
+    fn follow_lease(&mut self, hub: &Arc<Hub>) {
+        let lease = Lease::new(
+            self.client.clone(),
+            self.config.group.name.clone(),
+            self.logs.agent_id(),
+            self.config.lease.ttl,
+            self.lease.clone(),
+        );
+        let intake = self.supervisor.token(Stage::Intake);
+        self.supervisor.spawn(Stage::Intake, "lease", async move { lease.run(intake).await.map_err(|e| e.to_string()) });
+        let mut deposed = hub.deposed();
+        let intake = self.supervisor.token(Stage::Intake);
+        self.supervisor.spawn(Stage::Intake, "fencing", async move {
+            tokio::select! {
+                () = intake.cancelled() => Ok(()),
+                Ok(term) = deposed.wait_for(Option::is_some) => {
+                    Err(format!("another agent of this site ships in term {}", term.unwrap_or_default()))
+                }
+            }
+        });
+        let (mut lease, carrying) = (self.lease.subscribe(), self.carrying.clone());
+        let inbox = self.source().map(|source| {
+            let stream = StreamId { source: source.clone(), target: self.config.site.name.clone() };
+            (MongoTarget::new(self.client.clone(), stream), self.logs.log(&LogId::Inbox(source)))
+        });
+        let intake = self.supervisor.token(Stage::Intake);
+        self.supervisor.spawn(Stage::Intake, "leadership", async move {
+            loop {
+                let now = *lease.borrow_and_update();
+                if now.leader && let Some((target, inbox)) = &inbox {
+                    while let Err(error) = engine::reconcile(target, inbox, EPOCH).await {
+                        tracing::warn!(%error, "the inbox cannot be put in order yet, retrying");
+                        tokio::select! {
+                            () = intake.cancelled() => return Ok(()),
+                            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                        }
+                    }
+                }
+                carrying.send_replace(now);
+                tokio::select! {
+                    () = intake.cancelled() => return Ok(()),
+                    changed = lease.changed() => if changed.is_err() { return Ok(()) },
+                }
+            }
+        });
+    }
+
+    /// Capture and heartbeat begin when MongoDB was reached and understood for the first time.
+    fn start_source(&mut self, gate: Arc<gate::Gate>) {
+        let intake = self.supervisor.token(Stage::Intake);
+        let parts = SourceParts {
+            client: self.client.clone(),
+            gate,
+            outbox: self.logs.log(&LogId::Outbox),
+            site: self.config.site.name.clone(),
+            interval: self.config.link.heartbeat,
+            leadership: self.lease.subscribe(),
+            mongo: self.mongo.clone(),
+            head: self.head.clone(),
+            progress: self.progress.clone(),
+            capture: self.capture.clone(),
+        };
+        self.supervisor.spawn(Stage::Intake, "capture", parts.run(intake));
+    }
+
+    /// Nothing is kept in the outbox that every member has applied, beyond what retention asks for.
+    fn release_outbox(&mut self, hub: &Arc<Hub>) {
+        let own = self.config.site.name.clone();
+        let streams: Vec<StreamId> =
+            self.config.peers.iter().map(|peer| StreamId { source: own.clone(), target: peer.site.clone() }).collect();
+        let (hub, outbox) = (hub.clone(), self.logs.log(&LogId::Outbox));
+        let intake = self.supervisor.token(Stage::Intake);
+        self.supervisor.spawn(Stage::Intake, "release", async move {
+            let mut tick = tokio::time::interval(Duration::from_secs(1));
+            while intake.run_until_cancelled(tick.tick()).await.is_some() {
+                let applied: Option<Vec<Position>> =
+                    streams.iter().map(|stream| hub.stream_view(stream).and_then(|view| view.applied)).collect();
+                if let (Some(lowest), Some(state)) = (applied.and_then(|a| a.into_iter().min()), outbox.state()) {
+                    outbox.release(state.incarnation, lowest);
+                }
+            }
+            Ok(())
+        });
+    }
+
+    fn watch_mongo(&mut self) {
+        let (client, mongo, head) = (self.client.clone(), self.mongo.clone(), self.head.clone());
+        let intake = self.supervisor.token(Stage::Intake);
+        self.supervisor.spawn(Stage::Intake, "mongodb", async move {
+            let mut flapping = telemetry::Flapping::default();
+            loop {
+                let view = look_at_mongo(&client, &mut flapping).await;
+                if let Ok(Some(oldest)) = mongo::oldest_oplog_time(&client).await {
+                    head.send_modify(|head| head.oldest = oldest);
+                }
+                if let Ok(Ok(info)) = mongo::server_info(&client).await {
+                    head.send_modify(|head| head.time = head.time.max(info.majority_time));
+                }
+                mongo.send_replace(view.0);
+                tokio::select! {
+                    () = intake.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(WATCH_MONGO) => {}
+                }
+            }
+        });
+    }
+
+    /// Applies while this agent leads; a lost lease ends the process, so leading is only ever gained here.
+    fn start_apply(&mut self, source: SiteName, hub: Arc<Hub>) {
+        let stream = StreamId { source: source.clone(), target: self.config.site.name.clone() };
+        let (mut carrying, applied, apply) = (self.carrying.subscribe(), self.applied.clone(), self.apply.clone());
+        let inbox = self.logs.log(&LogId::Inbox(source.clone()));
+        let target = Arc::new(MongoTarget::new(self.client.clone(), stream));
+        let options = engine::Options {
+            workers: self.config.apply.workers,
+            memory: apply_memory(self.config.memory.limit.0),
+            adopted: self.config.apply.start_at.is_some(),
+        };
+        let work = self.supervisor.token(Stage::Work);
+        self.supervisor.spawn(Stage::Work, "apply", async move {
+            let leading = work.run_until_cancelled(carrying.wait_for(|now| now.leader)).await;
+            let Some(Ok(leading)) = leading.map(|l| l.map(|l| *l)) else { return Ok(()) };
+            let fetch = Arc::new(gate::LinkFetch(hub));
+            let (engine, mut status) = Engine::new(target, fetch, source, inbox, leading.term, options);
+            let forward = async {
+                loop {
+                    let now = status.borrow_and_update().clone();
+                    applied.send_if_modified(|applied| {
+                        let moved = *applied != now.applied;
+                        *applied = now.applied;
+                        moved
+                    });
+                    apply.send_replace(now);
+                    if status.changed().await.is_err() {
+                        return;
+                    }
+                }
+            };
+            let (result, ()) = tokio::join!(engine.run(work.clone()), forward);
+            result.map_err(|error| error.to_string())
+        });
+    }
+
+    async fn wait(&mut self) -> Stop {
+        use tokio::signal::unix::{SignalKind, signal};
+        let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            return Stop::Ended { task: "signals", reason: "signals cannot be received".into() };
+        };
+        let stop = tokio::select! {
+            stop = self.supervisor.failed() => stop,
+            _ = terminate.recv() => Stop::Requested,
+            _ = interrupt.recv() => Stop::Requested,
+        };
+        tracing::info!(?stop, "stopping");
+        stop
+    }
+
+    async fn stop(self) {
+        self.supervisor.shut_down().await;
+        self.logs.close().await;
+        self.tasks.close();
+        if tokio::time::timeout(Duration::from_secs(5), self.tasks.wait()).await.is_err() {
+            tracing::warn!("some sessions did not end in time");
+        }
+        tracing::info!("stopped");
+    }
+}
+
+/// Part of the memory limit for changes on their way to lanes: the rest is RocksDB, rings, the link, the driver.
+fn apply_memory(limit: u64) -> usize {
+    usize::try_from(limit / 12).unwrap_or(usize::MAX)
+}
+
+struct SourceParts {
+    client: Client,
+    gate: Arc<gate::Gate>,
+    outbox: crate::outbox::Log,
+    site: SiteName,
+    interval: Duration,
+    leadership: watch::Receiver<Leadership>,
+    mongo: watch::Sender<MongoView>,
+    head: watch::Sender<Head>,
+    progress: watch::Sender<SourceProgress>,
+    capture: watch::Sender<CaptureStatus>,
+}
+
+impl SourceParts {
+    async fn run(self, cancel: CancellationToken) -> Result<(), String> {
+        let mut flapping = telemetry::Flapping::default();
+        let started = loop {
+            if let Some(started) = self.look(&mut flapping).await {
+                break started;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return Ok(()),
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        };
+        let (history, beginning) = started;
+        let nudge = Arc::new(Notify::new());
+        let (capture, handle) =
+            Capture::new(MongoTail::new(self.client.clone()), self.outbox.clone(), history, nudge.clone());
+        let status = handle.status();
+        let incarnation = history.incarnation;
+        // A source that was found empty captures from there at once: whoever comes later finds it all.
+        if beginning.collections.is_empty() && self.outbox.state().is_none_or(|state| state.incarnation != incarnation) {
+            let (handle, at) = (handle.clone(), Position::through(beginning.at));
+            let begin = async move { handle.begin(at, Default::default()).await };
+            let first = tokio::spawn(begin);
+            drop(first);
+        }
+        self.gate.source.store(Some(Arc::new(gate::Source { capture: handle, incarnation, beginning })));
+        let (leader, follow_leader) = self.leader();
+        let heartbeat = Heartbeat {
+            client: self.client.clone(),
+            site: self.site.clone(),
+            epoch: EPOCH,
+            interval: self.interval,
+            nudge,
+            leader,
+            head: self.head.clone(),
+        };
+        tokio::select! {
+            result = capture.run(cancel.clone()) => result.map_err(|error| error.to_string()),
+            () = self.publish(status) => Ok(()),
+            () = follow_leader => Ok(()),
+            () = async { heartbeat.run(cancel.clone()).await; std::future::pending().await } => Ok(()),
+            () = self.watch(&mut flapping) => Ok(()),
+        }
+    }
+
+    async fn look(&self, flapping: &mut telemetry::Flapping) -> Option<(History, origin::Beginning)> {
+        let (view, info) = look_at_mongo(&self.client, flapping).await;
+        self.mongo.send_replace(view);
+        let info = info?;
+        let found = async {
+            let origin = origin::load_or_create(&self.client).await?;
+            let beginning = origin::beginning(&self.client, origin.incarnation).await?;
+            Ok::<_, mongo::Failure>((origin, beginning))
+        };
+        match found.await {
+            Ok((origin, beginning)) => {
+                let single_change_units = info.wire_version < WIRE_8_0;
+                Some((History { incarnation: origin.incarnation, epoch: EPOCH, single_change_units }, beginning))
+            }
+            Err(failure) => {
+                flapping.warn(Instant::now(), "mongodb", &failure);
+                self.mongo.send_modify(|view| (view.reachable, view.error) = (false, failure.to_string()));
+                None
+            }
+        }
+    }
+
+    /// Keeps looking at MongoDB for the status.
+    async fn watch(&self, flapping: &mut telemetry::Flapping) {
+        loop {
+            tokio::time::sleep(WATCH_MONGO).await;
+            let (view, _) = look_at_mongo(&self.client, flapping).await;
+            self.mongo.send_replace(view);
+        }
+    }
+
+    fn leader(&self) -> (watch::Receiver<bool>, impl Future<Output = ()> + use<>) {
+        let (sender, receiver) = watch::channel(false);
+        let mut leadership = self.leadership.clone();
+        let follow = async move {
+            loop {
+                sender.send_replace(leadership.borrow_and_update().leader);
+                if leadership.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        (receiver, follow)
+    }
+
+    /// Joins what capture, the outbox and the heartbeat know into what the peers are told.
+    async fn publish(&self, mut status: watch::Receiver<CaptureStatus>) {
+        let (mut head, mut log) = (self.head.subscribe(), self.outbox.watch());
+        loop {
+            let (now, captured) = (status.borrow_and_update().clone(), log.borrow_and_update().as_ref().map(|s| s.end));
+            let time = head.borrow_and_update().time;
+            // What was captured is committed, so the head is at least there.
+            let time = captured.map_or(time, |end| time.max(crate::model::ClusterTime(end.time.0.saturating_sub(1))));
+            let progress =
+                SourceProgress { head: time, captured, captured_changes: now.changes, captured_bytes: now.bytes };
+            self.progress.send_if_modified(|old| {
+                let moved = *old != progress;
+                *old = progress;
+                moved
+            });
+            self.capture.send_replace(now);
+            tokio::select! {
+                Ok(()) = status.changed() => {}
+                Ok(()) = head.changed() => {}
+                Ok(()) = log.changed() => {}
+                else => std::future::pending().await,
+            }
+        }
+    }
+}
+
+async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (MongoView, Option<mongo::ServerInfo>) {
+    let refused = |error: String| MongoView { error, refused: true, ..MongoView::default() };
+    match mongo::server_info(client).await {
+        Ok(Ok(info)) if info.wire_version < WIRE_6_0 => {
+            let error = format!("MongoDB {} is too old: 6.0 or later is needed", info.version);
+            flapping.warn(Instant::now(), "mongodb", &error);
+            (refused(error), None)
+        }
+        Ok(Ok(info)) => {
+            flapping.recovered(Instant::now(), "mongodb");
+            let view = MongoView {
+                reachable: true,
+                replica_set: info.replica_set.clone(),
+                version: info.version.clone(),
+                ..MongoView::default()
+            };
+            (view, Some(info))
+        }
+        Ok(Err(reason)) => {
+            flapping.warn(Instant::now(), "mongodb", &reason);
+            (refused(reason.to_owned()), None)
+        }
+        Err(failure) => {
+            flapping.warn(Instant::now(), "mongodb", &failure);
+            (MongoView { error: failure.to_string(), ..MongoView::default() }, None)
+        }
+    }
+}
+
+async fn beat(alive: Arc<Liveness>, stop: CancellationToken) -> Result<(), String> {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        alive.beat(Instant::now());
+    }
+    Ok(())
+}
+
+fn wall_clock() -> Clock {
+    Arc::new(|| bson::DateTime::now().timestamp_millis())
+}
+
+fn serve_health(config: &Config, readiness: &Readiness, alive: &Arc<Liveness>, metrics: &Arc<Metrics>) -> Result<HealthServer, String> {
+    let health = Health {
+        readiness: readiness.clone(),
+        heartbeat: alive.clone(),
+        metrics: metrics.clone(),
+        stale_after: health::STALE_AFTER,
+    };
+    health::serve(config.admin.listen, health).map_err(|error| error.to_string())
+}
+
+fn load_tls(config: &Config) -> Result<Arc<Reloading>, String> {
+    let files = TlsFiles {
+        certificate: config.tls.certificate_file.clone(),
+        key: config.tls.key_file.clone(),
+        ca: config.tls.ca_file.clone(),
+    };
+    let tls = Reloading::load(files, config.site.domain.clone()).map_err(|error| error.to_string())?;
+    let expected = farshore_api::Identity::site(config.site.name.as_str());
+    if tls.identity() != expected {
+        return Err(format!(
+            "tls.certificate_file is for {}, this agent is {expected}; use the certificate of this site or mend site.name",
+            tls.identity()
+        ));
+    }
+    Ok(Arc::new(tls))
+}
+
+async fn open_logs(config: &Arc<Config>, tasks: &TaskTracker) -> Result<Arc<Logs>, String> {
+    let key = config.data.encryption_key_file.as_deref().map(config::secret::read_encryption_key).transpose();
+    let key = key.map_err(|error| error.to_string())?.map(|key| EncryptionKey::new(*key.expose()));
+    let options = RocksOptions { key, ..RocksOptions::default() };
+    let directory = config.data.directory.clone();
+    let opened = tokio::task::spawn_blocking(move || RocksStore::open(&directory, &options)).await;
+    let store = opened.map_err(|error| error.to_string())?.map_err(|error| format!("data.directory: {error}"))?;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let quota = Quota {
+        limit_bytes: config.data.outbox_limit.0,
+        retention_bytes: config.data.retention.0,
+        retention_time: config.data.retention_time,
+    };
+    Logs::start(store, quota, tasks).map_err(|error| format!("data.directory: {error}"))
+}
