@@ -8,6 +8,7 @@ pub mod admin;
 pub mod apply;
 pub mod cli;
 pub mod config;
+pub mod link;
 pub mod model;
 pub mod mongo;
 pub mod outbox;

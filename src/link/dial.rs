@@ -20,6 +20,7 @@ use super::hub::{PeerEntry, Shared};
 use super::server::{FRAME_SIZE, IN_TRANSPORT, MESSAGE, WINDOW};
 use super::session::{self, Ended, Summary, Wire};
 use super::transport::{Connection, Peer};
+use super::wire::{Reason, Rejection};
 use crate::model::SiteName;
 
 /// A connection that takes longer is given up.
@@ -101,7 +102,7 @@ pub(super) async fn keep(shared: Arc<Shared>, site: SiteName, seed: u64) {
                 drop(client);
                 summary
             }
-            Some(Err(error)) => Summary { ended: Ended::Lost(error), established: false, progressed: false },
+            Some(Err(ended)) => Summary { ended, established: false, progressed: false },
         };
         if !summary.established {
             turn += 1;
@@ -122,20 +123,32 @@ fn note(shared: &Shared, entry: &PeerEntry, address: &str, summary: &Summary, mo
     }
 }
 
-async fn open(shared: &Shared, site: &SiteName, address: &str) -> Result<(Wire, ReplicationClient<Channel>), String> {
+async fn open(shared: &Shared, site: &SiteName, address: &str) -> Result<(Wire, ReplicationClient<Channel>), Ended> {
     let connecting = timeout(CONNECT, shared.inputs.transport.connect(address, site)).await;
-    let connection = connecting.map_err(|_| format!("no connection within {} s", CONNECT.as_secs()))??;
+    let late = |_| Ended::Lost(format!("no connection within {} s", CONNECT.as_secs()));
+    let connection = connecting.map_err(late)?.map_err(Ended::Lost)?;
     let peer = Peer { address: address.to_owned(), ..connection.peer().clone() };
     let opening = async {
-        let channel = channel(connection).await?;
+        let channel = channel(connection).await.map_err(Ended::Lost)?;
         let mut client =
             ReplicationClient::new(channel).max_decoding_message_size(MESSAGE).max_encoding_message_size(MESSAGE);
         let (out, frames) = mpsc::channel(IN_TRANSPORT);
-        let answer = client.session(ReceiverStream::new(frames)).await.map_err(|status| status.message().to_owned())?;
+        let answer = client.session(ReceiverStream::new(frames)).await.map_err(|status| denied(&status))?;
         let incoming = answer.into_inner().map(|frame| frame.map_err(|status| root_cause(&status))).boxed();
         Ok((Wire { out, incoming, peer, site: site.clone(), dialled: true }, client))
     };
-    timeout(OPEN, opening).await.unwrap_or_else(|_| Err("the peer did not open a session in time".into()))
+    timeout(OPEN, opening).await.unwrap_or_else(|_| Err(Ended::Lost("the peer did not open a session in time".into())))
+}
+
+/// A peer that does not know us says so before any frame.
+fn denied(status: &tonic::Status) -> Ended {
+    match status.code() {
+        tonic::Code::PermissionDenied => {
+            let hint = "check the certificate here and [[peers]] at the peer";
+            Ended::Rejected(Rejection::new(Reason::Identity, status.message(), hint))
+        }
+        _ => Ended::Lost(format!("the peer did not open a session: {}", root_cause(status))),
+    }
 }
 
 /// A channel over one connection; it cannot connect again.
@@ -159,7 +172,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::link::wire::{Reason, Rejection};
 
     proptest! {
         #[test]

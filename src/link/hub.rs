@@ -14,11 +14,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::dial;
 use super::registry::Slot;
 use super::status::{PeerStatus, StreamView, ViewCell};
 use super::transport::Transport;
 use super::wire::Receiving;
-use super::dial;
 use crate::model::{AgentId, ClusterTime, Epoch, Position, SiteName, StreamId, Term};
 use crate::outbox::{Log, LogId, Logs};
 

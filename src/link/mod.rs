@@ -6,6 +6,7 @@
 //!  receiver   the target's half: crc, chain, fencing, acks    (pure)
 //!  registry   one session per peer
 //!  ship       shell of sender: outbox -> frames               take   shell of receiver: frames -> inbox
+//!  greet      Hello of both sides
 //!  session    one session over any pair of frame streams      dial, server   sessions over tonic
 //!  transport  streams with an identity                        tls    the product's transport
 //!  hub        the handle for everybody else
@@ -24,6 +25,7 @@ pub mod transport;
 pub mod wire;
 
 mod dial;
+mod greet;
 mod session;
 mod ship;
 mod status;
@@ -38,7 +40,9 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use hub::{FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, StartGate, StartRefusal};
+pub use hub::{
+    FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, StartGate, StartRefusal,
+};
 pub use status::{Counters, LinkState, PeerStatus, StreamView};
 pub use tls::{TlsTransport, follow_files};
 pub use transport::{Connection, Listener, Peer, Transport};

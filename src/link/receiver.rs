@@ -102,6 +102,11 @@ impl Receiver {
         self.durable
     }
 
+    /// Total bytes the source may have sent.
+    pub fn credit(&self) -> u64 {
+        self.credit
+    }
+
     /// The acknowledgement that is true now.
     pub fn ack(&self, applied: Option<Position>) -> pb::Ack {
         pb::Ack {
@@ -138,7 +143,11 @@ impl Receiver {
     }
 
     fn stored(&mut self, end: Position, bytes: u64) {
-        assert!(self.durable.is_none_or(|durable| durable <= end), "durable went back from {:?} to {end}", self.durable);
+        assert!(
+            self.durable.is_none_or(|durable| durable <= end),
+            "durable went back from {:?} to {end}",
+            self.durable
+        );
         self.durable = Some(end);
         self.waiting = self.waiting.saturating_sub(bytes);
         self.done += bytes;
@@ -163,20 +172,25 @@ impl Receiver {
         let newer_term = self.fence(frame, &batch)?;
         let have = match &self.chain {
             Chain::At(view) => *view,
-            Chain::Fresh => self.begin(&batch, &mut actions)?,
+            Chain::Fresh => self.begin(&batch, frame.begins, &mut actions)?,
             Chain::Stopped => return Ok(Vec::new()),
         };
-        if let Some(term) = newer_term {
-            self.term = term;
-            actions.push(Action::PutTerm(term));
-        }
         let header = batch.header();
         if header.incarnation != have.incarnation {
             let message = format!("record of history {}, the target holds {}", header.incarnation, have.incarnation);
-            return Err(Rejection::new(Reason::Incarnation, message, "the source was rewound (restored?); resync the target"));
+            return Err(Rejection::new(
+                Reason::Incarnation,
+                message,
+                "the source was rewound (restored?); resync the target",
+            ));
         }
         if header.previous > have.end {
             return Err(gap(header.previous, have.end));
+        }
+        // A log that was not begun has no place for a term; the first record stored brings both.
+        if let Some(term) = newer_term.filter(|_| !actions.is_empty() || matches!(self.chain, Chain::At(_))) {
+            self.term = term;
+            actions.push(Action::PutTerm(term));
         }
         if header.end <= have.end {
             self.done += bytes;
@@ -209,13 +223,21 @@ impl Receiver {
     }
 
     /// A stream begins at its first batch, or at the floor inside of it.
-    fn begin(&mut self, batch: &Batch, actions: &mut Vec<Action>) -> Result<InboxView, Rejection> {
+    fn begin(&mut self, batch: &Batch, begins: bool, actions: &mut Vec<Action>) -> Result<InboxView, Rejection> {
         let header = batch.header();
         if let Some(standing) = self.fresh.received.filter(|standing| standing.incarnation != header.incarnation) {
-            let message = format!("record of history {}, the target stands in {}", header.incarnation, standing.incarnation);
-            return Err(Rejection::new(Reason::Incarnation, message, "the source was rewound (restored?); resync the target"));
+            let message =
+                format!("record of history {}, the target stands in {}", header.incarnation, standing.incarnation);
+            return Err(Rejection::new(
+                Reason::Incarnation,
+                message,
+                "the source was rewound (restored?); resync the target",
+            ));
         }
-        let floor = self.fresh.floor().unwrap_or(header.previous);
+        // Without a floor nothing but the source's word tells that no batch was lost before this one.
+        let Some(floor) = self.fresh.floor().or(begins.then_some(header.previous)) else {
+            return Err(gap(header.previous, Position::ZERO));
+        };
         if header.previous > floor {
             return Err(gap(header.previous, floor));
         }
@@ -261,4 +283,129 @@ fn hash_at(batch: &Batch, floor: Position) -> Result<StreamHash, RecordError> {
         hash = hash.roll(position, document.as_bytes());
     }
     Ok(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::testing::{batch, hash_before, incarnation, site};
+    use crate::link::wire::Standing;
+    use crate::model::ClusterTime;
+
+    const WINDOW: u64 = 1000;
+
+    fn at(time: u64) -> Position {
+        Position::before(ClusterTime(time))
+    }
+
+    fn fresh(start_at: Option<u64>) -> Receiving {
+        Receiving { source: site("north"), received: None, start_at: start_at.map(ClusterTime), empty: true }
+    }
+
+    fn receiver(end: u64) -> Receiver {
+        let inbox = InboxView { incarnation: incarnation(1), end: at(end), hash: hash_before(end) };
+        Receiver::new(fresh(None), Some(inbox), Epoch(1), Term(2), WINDOW)
+    }
+
+    fn shipped(batch: &Batch) -> pb::Batch {
+        pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch.record().clone(), begins: true }
+    }
+
+    fn reason(actions: Vec<Action>) -> Reason {
+        match actions.as_slice() {
+            [Action::Reject(rejection)] => rejection.reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn rejected(change: impl FnOnce(&mut pb::Batch)) -> Reason {
+        let mut frame = shipped(&batch(1, 10, 12));
+        change(&mut frame);
+        let mut receiver = receiver(10);
+        let found = reason(receiver.on(Event::Batch(frame)));
+        assert_eq!(
+            receiver.on(Event::Batch(shipped(&batch(1, 10, 12)))),
+            vec![],
+            "nothing is stored after a rejection"
+        );
+        found
+    }
+
+    #[test]
+    fn each_rule_has_its_reason() {
+        assert_eq!(rejected(|f| f.source = "south".into()), Reason::Identity);
+        assert_eq!(rejected(|f| f.epoch = 0), Reason::Epoch);
+        assert_eq!(rejected(|f| f.term = 1), Reason::Term);
+        assert_eq!(rejected(|f| f.record = f.record.slice(1..)), Reason::Corrupt);
+        assert_eq!(rejected(|f| f.record = batch(2, 10, 12).record().clone()), Reason::Incarnation);
+        assert_eq!(rejected(|f| f.record = batch(1, 11, 12).record().clone()), Reason::Gap);
+        let other = crate::link::testing::batch_after(1, 10, 12, StreamHash(5));
+        assert_eq!(rejected(|f| f.record = other.record().clone()), Reason::Incarnation);
+        let damaged_and_stale = |f: &mut pb::Batch| (f.record, f.term) = (f.record.slice(1..), 1);
+        assert_eq!(rejected(damaged_and_stale), Reason::Corrupt, "a damaged frame proves nothing about its sender");
+    }
+
+    #[test]
+    fn duplicates_are_acknowledged_overlaps_stored_and_only_durable_is_received() {
+        let mut receiver = receiver(10);
+        receiver.on(Event::Room(u64::MAX));
+        assert_eq!(receiver.ack(None).credit, WINDOW);
+        let (old, overlap) = (batch(1, 8, 10), batch(1, 9, 12));
+        assert_eq!(receiver.on(Event::Batch(shipped(&old))), vec![]);
+        assert_eq!(receiver.ack(None).credit, WINDOW + old.record().len() as u64);
+        assert_eq!(receiver.on(Event::Batch(shipped(&overlap))), vec![Action::Store(overlap.clone())]);
+        assert_eq!(receiver.ack(None).received, Some(at(10).into()));
+        receiver.on(Event::Stored { end: at(12), bytes: overlap.record().len() as u64 });
+        assert_eq!(receiver.ack(None).received, Some(at(12).into()));
+    }
+
+    #[test]
+    fn a_newer_term_is_persisted_before_what_it_ships() {
+        let mut receiver = receiver(10);
+        let (first, second) = (batch(1, 10, 12), batch(1, 12, 13));
+        let of_term = |batch: &Batch, term| Event::Batch(pb::Batch { term, ..shipped(batch) });
+        let expected = vec![Action::PutTerm(Term(3)), Action::Store(first.clone())];
+        assert_eq!(receiver.on(of_term(&first, 3)), expected);
+        assert_eq!(reason(receiver.on(of_term(&second, 2))), Reason::Term);
+    }
+
+    #[test]
+    fn a_fresh_stream_begins_at_its_first_batch_or_at_its_floor() {
+        let begin = |fresh: Receiving, batch: &Batch| {
+            let mut receiver = Receiver::new(fresh, None, Epoch(1), Term(0), WINDOW);
+            assert_eq!(receiver.ack(None).received, None);
+            receiver.on(Event::Batch(shipped(batch)))
+        };
+        let begun = |time, batch: &Batch| {
+            let (at, hash) = (at(time), hash_before(time));
+            let begin = Action::Begin { incarnation: incarnation(1), epoch: Epoch(1), at, hash };
+            vec![begin, Action::PutTerm(Term(2)), Action::Store(batch.clone())]
+        };
+        let first = batch(1, 10, 14);
+        assert_eq!(begin(fresh(None), &first), begun(10, &first));
+        assert_eq!(begin(fresh(Some(11)), &first), begun(12, &first), "what the target has is not applied again");
+        assert_eq!(reason(begin(fresh(Some(5)), &first)), Reason::Gap);
+        assert_eq!(begin(fresh(Some(20)), &first), vec![]);
+        let mut lost = Receiver::new(fresh(None), None, Epoch(1), Term(0), WINDOW);
+        let second = pb::Batch { begins: false, ..shipped(&first) };
+        assert_eq!(reason(lost.on(Event::Batch(second))), Reason::Gap, "the first batch was lost");
+        let standing = Standing { position: at(11), incarnation: incarnation(2), hash: StreamHash(0) };
+        assert_eq!(reason(begin(Receiving { received: Some(standing), ..fresh(None) }, &first)), Reason::Incarnation);
+    }
+
+    #[test]
+    fn credit_follows_what_is_durable_and_the_room_there_is() {
+        let mut receiver = receiver(10);
+        receiver.on(Event::Room(300));
+        assert_eq!(receiver.ack(None).credit, 300);
+        let first = batch(1, 10, 12);
+        receiver.on(Event::Batch(shipped(&first)));
+        assert_eq!(receiver.ack(None).credit, 300, "accepted is not durable");
+        receiver.on(Event::Room(0));
+        let bytes = first.record().len() as u64;
+        receiver.on(Event::Stored { end: at(12), bytes });
+        assert_eq!(receiver.ack(None).credit, bytes.max(300), "no room, no more credit");
+        receiver.on(Event::Room(u64::MAX));
+        assert_eq!(receiver.ack(None).credit, bytes + WINDOW);
+    }
 }

@@ -75,7 +75,7 @@ enum State {
     AwaitingHello,
     AwaitingGate(Receiving),
     AwaitingOutbox(Receiving),
-    Streaming { incarnation: Incarnation, sent: Position, bytes: u64 },
+    Streaming { incarnation: Incarnation, sent: Position, bytes: u64, begins: bool },
     Stopped,
 }
 
@@ -100,7 +100,7 @@ impl Sender {
         matches!(self.state, State::Streaming { bytes, .. } if bytes < self.credit)
     }
 
-    /// Whether a stop of the outbox's wait is of interest.
+    /// Whether it matters that the outbox begins.
     pub fn waits_for_outbox(&self) -> bool {
         matches!(self.state, State::AwaitingOutbox(_))
     }
@@ -125,15 +125,22 @@ impl Sender {
             }
             (State::AwaitingHello, Event::Hello(receiving, outbox)) => self.greeted(receiving, outbox),
             (State::AwaitingGate(receiving), Event::Gate(Ok(()), outbox)) => self.begin(receiving, outbox),
-            (State::AwaitingGate(_), Event::Gate(Err(refusal), _)) => self.refuse(Reason::Start, refusal.message, refusal.hint),
+            (State::AwaitingGate(_), Event::Gate(Err(refusal), _)) => {
+                self.refuse(Reason::Start, refusal.message, refusal.hint)
+            }
             (State::AwaitingOutbox(receiving), Event::Outbox(outbox)) => self.begin(receiving, outbox),
             (State::Streaming { .. }, Event::Trimmed) => self.restart("the outbox no longer holds what comes next"),
-            (State::Streaming { incarnation, sent, bytes }, Event::Record(batch)) => {
-                self.ship(incarnation, sent, bytes, &batch)
+            (State::Streaming { incarnation, sent, bytes, begins }, Event::Record(batch)) => {
+                let frame = pb::Batch {
+                    source: self.source.to_string(),
+                    epoch: self.epoch.0,
+                    term: self.term.0,
+                    record: batch.record().clone(),
+                    begins,
+                };
+                self.ship(incarnation, sent, bytes, &batch, frame)
             }
-            (state @ (State::AwaitingGate(_) | State::AwaitingOutbox(_) | State::Streaming { .. }), Event::Outbox(_)) => {
-                self.stay(state)
-            }
+            (state @ (State::AwaitingGate(_) | State::Streaming { .. }), Event::Outbox(_)) => self.stay(state),
             (state, event) => panic!("sender in {state:?} got {event:?}"),
         }
     }
@@ -155,7 +162,9 @@ impl Sender {
 
     fn greeted(&mut self, receiving: Receiving, outbox: Option<OutboxView>) -> Option<Action> {
         match (outbox, receiving.received) {
-            (Some(outbox), Some(standing)) if outbox.incarnation != standing.incarnation => self.other_history(&receiving, outbox),
+            (Some(outbox), Some(standing)) if outbox.incarnation != standing.incarnation => {
+                self.other_history(&receiving, outbox)
+            }
             (Some(outbox), Some(standing)) if outbox.first <= standing.position => self.begin(receiving, Some(outbox)),
             _ => {
                 self.state = State::AwaitingGate(receiving);
@@ -174,7 +183,8 @@ impl Sender {
             let message = format!("the outbox reaches back to {}, the target stands at {from}", outbox.first);
             return self.refuse(Reason::Start, message, "the target needs an initial copy".into());
         }
-        self.state = State::Streaming { incarnation: outbox.incarnation, sent: from, bytes: 0 };
+        let begins = receiving.received.is_none();
+        self.state = State::Streaming { incarnation: outbox.incarnation, sent: from, bytes: 0, begins };
         Some(Action::ReadFrom(from))
     }
 
@@ -184,20 +194,27 @@ impl Sender {
         self.refuse(Reason::Incarnation, message, "the source was rewound (restored?); resync the target".into())
     }
 
-    fn ship(&mut self, incarnation: Incarnation, sent: Position, bytes: u64, batch: &Batch) -> Option<Action> {
+    fn ship(
+        &mut self,
+        incarnation: Incarnation,
+        sent: Position,
+        bytes: u64,
+        batch: &Batch,
+        frame: pb::Batch,
+    ) -> Option<Action> {
         let header = batch.header();
         if header.incarnation != incarnation {
             return self.restart("the outbox was begun again in another history");
         }
-        assert!(header.end > sent && bytes < self.credit, "record to {} after {sent}, {bytes} of {}", header.end, self.credit);
+        assert!(
+            header.end > sent && bytes < self.credit,
+            "record to {} after {sent}, {bytes} of {}",
+            header.end,
+            self.credit
+        );
         let bytes = bytes + batch.record().len() as u64;
-        self.state = State::Streaming { incarnation, sent: header.end, bytes };
-        Some(Action::Send(pb::Batch {
-            source: self.source.to_string(),
-            epoch: self.epoch.0,
-            term: self.term.0,
-            record: batch.record().clone(),
-        }))
+        self.state = State::Streaming { incarnation, sent: header.end, bytes, begins: false };
+        Some(Action::Send(frame))
     }
 }
 
@@ -262,6 +279,12 @@ mod tests {
             let mut sender = sender();
             assert_eq!(sender.on(Event::Hello(receiving, view)), Some(Action::AskGate));
             assert_eq!(sender.on(Event::Gate(Ok(()), view)), Some(Action::ReadFrom(from)));
+            sender.on(Event::Credit(u64::MAX));
+            let mut begins = |from, to| match sender.on(Event::Record(batch(1, from, to))) {
+                Some(Action::Send(frame)) => frame.begins,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!((begins(5, 9), begins(9, 10)), (true, false), "only the first batch begins a stream");
         }
         let mut late = sender();
         late.on(Event::Hello(fresh(Some(3)), outbox(5)));

@@ -21,18 +21,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::greet::{Greeted, greet};
 use super::hub::{Leadership, PeerEntry, Shared};
 use super::registry::Claim;
 use super::sender::Stop;
 use super::ship::{self, Ship};
-use super::status::LinkState;
 use super::take::{self, Take};
 use super::transport::Peer;
-use super::wire::{Greeting, Originating, Reason, Receiving, Rejection, Standing, frame, protocol};
+use super::wire::{Reason, Rejection, frame, protocol};
 use crate::model::SiteName;
 
-/// Hello must come within this time, and our own be ready.
-const GREETING: Duration = Duration::from_secs(10);
 /// Timers have this resolution.
 const TICK: Duration = Duration::from_millis(200);
 /// Acks and progress are repeated so often, should one be lost or nothing change.
@@ -118,77 +116,6 @@ async fn close(mut wire: Wire) {
     if wire.dialled {
         let ended = async { while let Some(Ok(_)) = wire.incoming.next().await {} };
         drop(timeout(CLOSING, ended).await);
-    }
-}
-
-struct Greeted {
-    own: Option<Receiving>,
-    theirs: Greeting,
-    leadership: Leadership,
-}
-
-async fn greet(shared: &Arc<Shared>, wire: &mut Wire) -> Result<Greeted, Ended> {
-    let leadership = shared.leadership();
-    if !leadership.leader {
-        let message = format!("this agent of {} does not hold its site's lease", shared.config.site);
-        return Err(Ended::Refused(Rejection::new(Reason::NotLeader, message, "")));
-    }
-    let own = receiving(shared, &wire.site).await?;
-    let greeting = greeting(shared, leadership, own.clone());
-    let hello = frame(Body::Hello(greeting.to_hello()));
-    let gone = |_| Ended::Lost("the connection closed before Hello".into());
-    wire.out.send(hello).await.map_err(gone)?;
-    let first = timeout(GREETING, wire.incoming.next()).await.map_err(|_| Ended::Lost("no Hello in time".into()))?;
-    let theirs = match first {
-        None => return Err(Ended::Closed),
-        Some(Err(error)) => return Err(Ended::Lost(error)),
-        Some(Ok(pb::Frame { body: Some(Body::Hello(hello)) })) => Greeting::parse(&hello, &wire.site).map_err(Ended::Refused)?,
-        Some(Ok(pb::Frame { body: Some(Body::Reject(reject)) })) => return Err(Ended::Rejected(reject.into())),
-        Some(Ok(_)) => return Err(Ended::Refused(protocol("the first frame is not Hello"))),
-    };
-    let seen = shared.inbox(&wire.site).state().map(|state| state.term).unwrap_or_default();
-    greeting.accept(&theirs, seen).map_err(Ended::Refused)?;
-    if own.is_some() && theirs.originating.is_none() {
-        let message = format!("site {} does not originate writes, but its stream is expected here", wire.site);
-        let hint = "set the same primary under [group] at both sites";
-        return Err(Ended::Refused(Rejection::new(Reason::Start, message, hint)));
-    }
-    Ok(Greeted { own, theirs, leadership })
-}
-
-fn greeting(shared: &Shared, leadership: Leadership, receiving: Option<Receiving>) -> Greeting {
-    let config = &shared.config;
-    let captured = || shared.outbox().state().map(|state| (state.incarnation, state.end));
-    let originating =
-        config.originates.then(|| Originating { source: config.site.clone(), captured: captured() });
-    Greeting {
-        site: config.site.clone(),
-        group: config.group.clone(),
-        agent: config.agent,
-        epoch: config.epoch,
-        term: leadership.term,
-        leader: leadership.leader,
-        receiving: receiving.into_iter().collect(),
-        originating,
-    }
-}
-
-/// What we say of the peer's stream, if we receive it.
-async fn receiving(shared: &Shared, source: &SiteName) -> Result<Option<Receiving>, Ended> {
-    if !shared.config.receives.contains(source) {
-        return Ok(None);
-    }
-    if let Some(state) = shared.inbox(source).state() {
-        let received = Standing { position: state.end, incarnation: state.incarnation, hash: state.hash };
-        let source = source.clone();
-        return Ok(Some(Receiving { source, received: Some(received), start_at: None, empty: false }));
-    }
-    let answer = timeout(GREETING, shared.inputs.gate.receiving(source)).await;
-    let refusal = |message, hint| Ended::Refused(Rejection::new(Reason::Start, message, hint));
-    match answer {
-        Ok(Ok(receiving)) => Ok(Some(Receiving { source: source.clone(), ..receiving })),
-        Ok(Err(refused)) => Err(refusal(refused.message, refused.hint)),
-        Err(_) => Err(refusal("the target's MongoDB does not answer".into(), "check [mongodb] at the target".into())),
     }
 }
 
@@ -308,8 +235,9 @@ impl<'a> Session<'a> {
             () = self.cancel.cancelled() => Event::Cancelled,
             _ = self.leadership.changed() => Event::Leadership,
             _ = self.tick.tick() => Event::Tick,
-            _ = self.wire.out.reserve(), if something => Event::CanSend,
+            // Before sending, so that the commits of one group share an acknowledgement.
             event = async { take.as_mut().expect("checked").next().await }, if take.is_some() => Event::Take(event),
+            _ = self.wire.out.reserve(), if something => Event::CanSend,
             frame = self.wire.incoming.next() => Event::Incoming(frame),
             event = async { ship.as_mut().expect("checked").next(room).await }, if ship.is_some() => Event::Ship(event),
         }
@@ -454,66 +382,6 @@ impl<'a> Session<'a> {
             }
             take::Outcome::Reject(rejection) => Some(Ended::Refused(rejection)),
             take::Outcome::Failed(error) => Some(Ended::Failed(error)),
-        }
-    }
-}
-
-impl Shared {
-    /// A session is open.
-    fn link_up(&self, entry: &PeerEntry, peer: &Peer) {
-        let now = Instant::now();
-        entry.status.send_modify(|status| {
-            let again = !status.error.is_empty();
-            tracing::info!(peer = %status.site, address = peer.address, again, "link is up");
-            status.enter(LinkState::Connected, String::new(), String::new(), now);
-            status.address.clone_from(&peer.address);
-            status.certificate_expiry = peer.certificate_expires;
-        });
-    }
-
-    /// A session that was open has ended.
-    fn link_down(&self, entry: &PeerEntry, ended: &Ended) {
-        match ended {
-            Ended::Cancelled | Ended::Duplicate => {
-                entry.status.send_modify(|status| {
-                    status.enter(LinkState::Connecting, String::new(), String::new(), Instant::now());
-                });
-            }
-            ended => self.link_failed(entry, None, ended),
-        }
-    }
-
-    /// There is no session, for this reason; said once until there is one again.
-    pub(super) fn link_failed(&self, entry: &PeerEntry, address: Option<&str>, ended: &Ended) {
-        let (state, error, hint) = match ended {
-            Ended::Rejected(rejection) | Ended::Refused(rejection) => {
-                self.note_deposed(ended, rejection);
-                let state = if rejection.is_transient() { LinkState::Connecting } else { LinkState::Refused };
-                let side = if matches!(ended, Ended::Rejected(_)) { "the peer refuses" } else { "refused here" };
-                (state, format!("{side}: {}", rejection.message), rejection.hint.clone())
-            }
-            Ended::Lost(error) | Ended::Failed(error) => (LinkState::Connecting, error.clone(), String::new()),
-            Ended::Closed => (LinkState::Connecting, "the peer closed the session".into(), String::new()),
-            Ended::Cancelled | Ended::Duplicate => return,
-        };
-        entry.status.send_modify(|status| {
-            if status.error.is_empty() {
-                tracing::warn!(peer = %status.site, error, hint, "link is down (said once until it is up again)");
-            }
-            status.enter(state, error, hint, Instant::now());
-            if let Some(address) = address {
-                address.clone_into(&mut status.address);
-            }
-        });
-    }
-
-    fn note_deposed(&self, ended: &Ended, rejection: &Rejection) {
-        if matches!(ended, Ended::Rejected(_)) && rejection.reason == Reason::Term {
-            let own = self.leadership().term;
-            if rejection.term > own {
-                tracing::error!(%own, newer = %rejection.term, "another agent of this site has taken over; this process must exit");
-                self.deposed.send_replace(Some(rejection.term));
-            }
         }
     }
 }

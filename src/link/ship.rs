@@ -146,7 +146,7 @@ impl Ship {
     /// Starts a read for the target.
     pub(super) fn fetch(&mut self, request: pb::Fetch) -> Outcome {
         let id = request.id;
-        let refused = |error: &str| pb::Fetched { id, error: error.into(), ..Default::default() };
+        let refused = move |error: &str| pb::Fetched { id, error: error.into(), ..Default::default() };
         if self.reads.len() >= READS {
             return Outcome::Send(Body::Fetched(refused("too many reads at once")));
         }

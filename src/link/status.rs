@@ -6,7 +6,10 @@ use farshore_api::replication::v1 as pb;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::wire::Rejection;
+use super::hub::{PeerEntry, Shared};
+use super::session::Ended;
+use super::transport::Peer;
+use super::wire::{Reason, Rejection};
 use crate::model::{ClusterTime, Position, SiteName};
 
 /// State of the link to one peer.
@@ -129,4 +132,64 @@ pub(super) fn note_reject(view: &ViewCell, rejection: &Rejection, now: Instant) 
         view.counters.rejects += 1;
         view.last_reject = Some((rejection.clone(), now));
     });
+}
+
+impl Shared {
+    /// A session is open.
+    pub(super) fn link_up(&self, entry: &PeerEntry, peer: &Peer) {
+        let now = Instant::now();
+        entry.status.send_modify(|status| {
+            let again = !status.error.is_empty();
+            tracing::info!(peer = %status.site, address = peer.address, again, "link is up");
+            status.enter(LinkState::Connected, String::new(), String::new(), now);
+            status.address.clone_from(&peer.address);
+            status.certificate_expiry = peer.certificate_expires;
+        });
+    }
+
+    /// A session that was open has ended.
+    pub(super) fn link_down(&self, entry: &PeerEntry, ended: &Ended) {
+        match ended {
+            Ended::Cancelled | Ended::Duplicate => {
+                entry.status.send_modify(|status| {
+                    status.enter(LinkState::Connecting, String::new(), String::new(), Instant::now());
+                });
+            }
+            ended => self.link_failed(entry, None, ended),
+        }
+    }
+
+    /// There is no session, for this reason; said once until there is one again.
+    pub(super) fn link_failed(&self, entry: &PeerEntry, address: Option<&str>, ended: &Ended) {
+        let (state, error, hint) = match ended {
+            Ended::Rejected(rejection) | Ended::Refused(rejection) => {
+                self.note_deposed(ended, rejection);
+                let state = if rejection.is_transient() { LinkState::Connecting } else { LinkState::Refused };
+                let side = if matches!(ended, Ended::Rejected(_)) { "the peer refuses" } else { "refused here" };
+                (state, format!("{side}: {}", rejection.message), rejection.hint.clone())
+            }
+            Ended::Lost(error) | Ended::Failed(error) => (LinkState::Connecting, error.clone(), String::new()),
+            Ended::Closed => (LinkState::Connecting, "the peer closed the session".into(), String::new()),
+            Ended::Cancelled | Ended::Duplicate => return,
+        };
+        entry.status.send_modify(|status| {
+            if status.error.is_empty() {
+                tracing::warn!(peer = %status.site, error, hint, "link is down (said once until it is up again)");
+            }
+            status.enter(state, error, hint, Instant::now());
+            if let Some(address) = address {
+                address.clone_into(&mut status.address);
+            }
+        });
+    }
+
+    fn note_deposed(&self, ended: &Ended, rejection: &Rejection) {
+        if matches!(ended, Ended::Rejected(_)) && rejection.reason == Reason::Term {
+            let own = self.leadership().term;
+            if rejection.term > own {
+                tracing::error!(%own, newer = %rejection.term, "another agent of this site has taken over; this process must exit");
+                self.deposed.send_replace(Some(rejection.term));
+            }
+        }
+    }
 }

@@ -155,7 +155,9 @@ impl Take {
         let log = self.log.clone();
         self.writing = Some(Box::pin(async move {
             match op {
-                Op::Begin { incarnation, epoch, at, hash } => log.begin(incarnation, epoch, at, hash, None).await.map(|()| None),
+                Op::Begin { incarnation, epoch, at, hash } => {
+                    log.begin(incarnation, epoch, at, hash, None).await.map(|()| None)
+                }
                 Op::Term(term) => log.put_term(term).await.map(|()| None),
                 Op::Store(batch) => log.enqueue(batch, None).await.map(Some),
             }
@@ -232,10 +234,12 @@ impl Take {
     }
 
     pub(super) fn batch(&mut self, batch: pb::Batch) -> Outcome {
-        let before = self.machine.ack(None).credit;
+        let before = self.machine.credit();
         for action in self.machine.on(receiver::Event::Batch(batch)) {
             match action {
-                Action::Begin { incarnation, epoch, at, hash } => self.ops.push_back(Op::Begin { incarnation, epoch, at, hash }),
+                Action::Begin { incarnation, epoch, at, hash } => {
+                    self.ops.push_back(Op::Begin { incarnation, epoch, at, hash })
+                }
                 Action::PutTerm(term) => self.ops.push_back(Op::Term(term)),
                 Action::Store(batch) => self.ops.push_back(Op::Store(batch)),
                 Action::Reject(rejection) => {
@@ -246,7 +250,7 @@ impl Take {
                 }
             }
         }
-        match self.machine.ack(None).credit > before {
+        match self.machine.credit() > before {
             true => Outcome::Ack,
             false => Outcome::Nothing,
         }
@@ -273,23 +277,29 @@ impl Take {
         }
     }
 
-    /// Waits for what is on its way to the disk, so that the next session starts from the truth.
+    /// Stores what was accepted and waits for it, so that the next session starts from the truth.
     pub(super) async fn finish(&mut self) {
         self.entry().fetch.send_replace(None);
-        if let Some(writing) = self.writing.take()
-            && let Ok(Some(commit)) = writing.await
-            && let Some(Op::Store(batch)) = self.current.take()
-        {
-            self.inflight.push_back(batch);
-            self.commits.push_back(commit);
-        }
-        while let Some(state) = self.commits.next().await {
-            if state.is_err() {
+        while self.full.is_none() {
+            self.begin_writing();
+            let event = if let Some(writing) = &mut self.writing {
+                Event::Written(writing.await)
+            } else if let Some(state) = self.commits.next().await {
+                Event::Durable(state)
+            } else {
+                return;
+            };
+            if let Outcome::Failed(_) = self.apply(event) {
                 break;
             }
-            let batch = self.inflight.pop_front().expect("one per commit");
-            self.stored(&batch);
         }
+        // Nothing more can be stored; what is in the log's queue must still end before another session writes.
+        if let Some(writing) = self.writing.take()
+            && let Ok(Some(commit)) = writing.await
+        {
+            self.commits.push_back(commit);
+        }
+        while self.commits.next().await.is_some() {}
     }
 
     /// The session ends.

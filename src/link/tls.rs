@@ -58,8 +58,7 @@ impl Transport for TlsTransport {
     fn connect<'a>(&'a self, address: &'a str, site: &'a SiteName) -> BoxFuture<'a, Result<Connection, String>> {
         Box::pin(async move {
             let expected = Expected::Site(site.to_string());
-            let (stream, certificate) =
-                dial(address, &self.tls, expected).await.map_err(|error| explain(&error))?;
+            let (stream, certificate) = dial(address, &self.tls, expected).await.map_err(|error| explain(&error))?;
             Ok(Connection::new(stream, peer(certificate, address.to_owned())))
         })
     }

@@ -234,7 +234,10 @@ fn parse_originating(originating: &pb::Originating, source: &SiteName) -> Result
     let incarnation = || {
         Incarnation::from_slice(&originating.incarnation).ok_or_else(|| protocol("a position without its incarnation"))
     };
-    let captured = originating.captured.map(|end| Ok((incarnation()?, end.into()))).transpose()?;
+    let captured = match originating.captured {
+        None => None,
+        Some(end) => Some((incarnation()?, end.into())),
+    };
     Ok(Originating { source: source.clone(), captured })
 }
 

@@ -123,7 +123,10 @@ impl Identity {
         let rest = uri.strip_prefix("spiffe://").ok_or_else(malformed)?;
         let (found, path) = rest.split_once('/').ok_or_else(malformed)?;
         if found != domain {
-            return Err(IdentityError::Domain { found: found.chars().take(100).collect(), expected: domain.to_owned() });
+            return Err(IdentityError::Domain {
+                found: found.chars().take(100).collect(),
+                expected: domain.to_owned(),
+            });
         }
         let (role, name) = path.split_once('/').ok_or_else(malformed)?;
         let role = role.parse().map_err(|()| malformed())?;
@@ -169,8 +172,15 @@ mod tests {
         assert_eq!(of("spiffe://farshore/viewer/jo.x"), Ok(viewer));
         let other = of("spiffe://elsewhere/site/north").expect_err("domain").to_string();
         assert!(other.contains("'elsewhere'") && other.contains("'farshore'"), "{other}");
-        for bad in ["spiffe://farshore", "spiffe://farshore/site", "spiffe://farshore/king/a", "spiffe://farshore/site/",
-            "spiffe://farshore/site/a/b", "http://farshore/site/a", "spiffe://farshore/site/a b"] {
+        for bad in [
+            "spiffe://farshore",
+            "spiffe://farshore/site",
+            "spiffe://farshore/king/a",
+            "spiffe://farshore/site/",
+            "spiffe://farshore/site/a/b",
+            "http://farshore/site/a",
+            "spiffe://farshore/site/a b",
+        ] {
             assert!(matches!(of(bad), Err(IdentityError::Malformed { .. })), "{bad}");
         }
     }

@@ -12,7 +12,7 @@ mod verify;
 
 pub mod replication {
     //! The link between two sites.
-    #[allow(clippy::all, unreachable_pub, reason = "generated code")]
+    #[allow(clippy::all, clippy::allow_attributes_without_reason, unreachable_pub, reason = "generated code")]
     pub mod v1 {
         tonic::include_proto!("farshore.replication.v1");
     }
@@ -20,7 +20,7 @@ pub mod replication {
 
 pub mod control {
     //! What operators, the router and the status page ask an agent.
-    #[allow(clippy::all, unreachable_pub, reason = "generated code")]
+    #[allow(clippy::all, clippy::allow_attributes_without_reason, unreachable_pub, reason = "generated code")]
     pub mod v1 {
         tonic::include_proto!("farshore.control.v1");
     }

@@ -16,7 +16,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
 
 use crate::identity::{Identity, IdentityError, expiry};
@@ -86,7 +86,10 @@ pub struct Reloading {
 
 impl std::fmt::Debug for Reloading {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reloading").field("files", &self.files).field("identity", &self.identity()).finish_non_exhaustive()
+        f.debug_struct("Reloading")
+            .field("files", &self.files)
+            .field("identity", &self.identity())
+            .finish_non_exhaustive()
     }
 }
 
@@ -188,9 +191,7 @@ struct Contents {
 
 impl Contents {
     fn read(files: &TlsFiles) -> Result<Self, Error> {
-        let read = |path: &Path| {
-            std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })
-        };
+        let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source });
         Ok(Self { certificate: read(&files.certificate)?, key: read(&files.key)?, ca: read(&files.ca)? })
     }
 
@@ -279,8 +280,9 @@ pub async fn dial(
 pub fn explain(error: &io::Error) -> String {
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match tls {
-        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other))) => other.0.to_string(),
-        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer)) => {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
+        // A CA of another fleet may well have the same name.
+        Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature)) => {
             "the peer's certificate is not signed by a CA of this fleet".into()
         }
         Some(rustls::Error::AlertReceived(alert)) => {

@@ -1,0 +1,129 @@
+//! Whole streams between two agents.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rand::{Rng, SeedableRng};
+
+use super::pki::Pki;
+use super::world::{Agent, Options, at};
+use crate::link::testing::site;
+use crate::link::{LinkState, SourceProgress, hub};
+use crate::model::{ClusterTime, Position};
+use crate::outbox::LogId;
+
+async fn pair(pki: &Pki) -> (Agent, Agent) {
+    let south = Agent::start(Options::south(pki)).await;
+    let north = Agent::start(Options::north(pki, vec![south.address.clone()])).await;
+    (north, south)
+}
+
+#[tokio::test]
+async fn a_stream_survives_five_thousand_batches_with_cuts_at_random() {
+    let pki = Pki::new();
+    let (north, south) = pair(&pki).await;
+    let mut rng = rand::rngs::StdRng::seed_from_u64(11);
+    let mut from = 10;
+    while from < 10_010 {
+        let to = (from + rng.random_range(200..1500)).min(10_010);
+        north.capture(from, to, 2).await;
+        let partly = from + rng.random_range(0..to - from);
+        south.until("on its way", |view| view.received >= Some(at(partly))).await;
+        north.transport.cut();
+        from = to;
+    }
+    south.until_received(10_010).await;
+    assert_eq!(south.inbox().await, (10..10_010).collect::<Vec<_>>());
+    let log = south.logs.log(&LogId::Inbox(site("north"))).state().expect("begun");
+    let source = north.logs.log(&LogId::Outbox).state().expect("begun");
+    assert_eq!((log.hash, log.end, log.incarnation), (source.hash, source.end, source.incarnation));
+    assert_eq!(log.term.0, 5, "the shipping agent's term is stored");
+    let acked = north.until("acknowledged", |view| view.received == Some(at(10_010))).await;
+    assert_eq!(acked.counters.rejects, 0);
+    north.stop().await;
+    south.stop().await;
+}
+
+#[tokio::test]
+async fn a_slow_inbox_holds_the_source_back_within_the_credit() {
+    let pki = Pki::new();
+    let credit = 20_000;
+    let options = Options { credit, limit: 60_000, ..Options::south(&pki) };
+    let south = Agent::start(options).await;
+    let north = Agent::start(Options::north(&pki, vec![south.address.clone()])).await;
+    north.capture(10, 4010, 5).await;
+    let inbox = south.logs.log(&LogId::Inbox(site("north")));
+    let largest = 2_000;
+    let mut stalls = 0;
+    loop {
+        let before = south.view().received;
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let (stored, sent) = (south.view().counters.bytes, north.view().counters.bytes);
+        assert!(sent <= south.view().counters.bytes + credit + largest, "{sent} sent, {stored} stored");
+        let state = inbox.state();
+        assert!(state.as_ref().is_none_or(|s| s.bytes <= 60_000 + largest), "{state:?}");
+        if south.view().received == Some(at(4010)) {
+            break;
+        }
+        if before.is_some() && before == south.view().received {
+            stalls += 1;
+            let state = state.expect("begun");
+            inbox.release(state.incarnation, state.end);
+        }
+    }
+    assert!(stalls > 0, "the inbox was never full");
+    assert_eq!(north.view().counters.rejects, 0, "a full inbox is no reason to end a session");
+    north.stop().await;
+    south.stop().await;
+}
+
+#[tokio::test]
+async fn progress_acks_and_fetches_cross_the_link_and_survive_a_cut() {
+    let pki = Pki::new();
+    let (north, south) = pair(&pki).await;
+    north.capture(10, 20, 2).await;
+    south.until_received(20).await;
+    let progress =
+        SourceProgress { head: ClusterTime(99), captured: Some(at(20)), captured_changes: 7, captured_bytes: 70 };
+    north.progress.send_replace(progress);
+    let seen = |head| move |view: &crate::link::StreamView| view.progress.is_some_and(|(word, _)| word.head == head);
+    let word = south.until("told", seen(ClusterTime(99))).await.progress.expect("progress").0;
+    assert_eq!((word.captured, word.captured_changes, word.now_ms), (Some(at(20)), 7, 1000));
+    let applied = Position::new(ClusterTime(15), 1);
+    south.applied.send_replace(Some(applied));
+    north.until("told", |view| view.applied == Some(applied)).await;
+
+    let source = site("north");
+    let fetched = south.hub.fetch(&source, Agent::fetch("items")).await.expect("fetched");
+    assert_eq!((fetched.at, fetched.documents.len()), (5, 1));
+    let error = south.hub.fetch(&source, Agent::fetch("broken")).await.expect_err("broken");
+    assert!(matches!(error, hub::Error::Fetch { .. }), "{error}");
+    north.transport.cut();
+    let fetched = south.hub.fetch(&source, Agent::fetch("items")).await.expect("asked again");
+    assert_eq!(fetched.documents.len(), 1);
+    let unknown = south.hub.fetch(&site("east"), Agent::fetch("items")).await;
+    assert_eq!(unknown, Err(hub::Error::NoSuchPeer(site("east"))));
+    north.stop().await;
+    south.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_start_shows_its_hint_at_the_target_and_is_tried_again() {
+    let pki = Pki::new();
+    let south = Agent::start(Options::south(&pki)).await;
+    // Nothing runs between the start and this on a runtime of one thread.
+    let north = Agent::start(Options::north(&pki, vec![south.address.clone()])).await;
+    north.gate.refuse.store(true, Ordering::Relaxed);
+    let mut link = south.hub.watch_peer(&site("north")).expect("peer");
+    let refused = tokio::time::timeout(Duration::from_secs(10), link.wait_for(|link| link.state == LinkState::Refused));
+    let refused = refused.await.expect("in time").expect("lives").clone();
+    assert!(refused.error.contains("not empty"), "{refused:?}");
+    assert_eq!(refused.hint, "use start_at");
+    assert!(south.view().received.is_none());
+    north.gate.refuse.store(false, Ordering::Relaxed);
+    north.capture(10, 12, 1).await;
+    south.until_received(12).await;
+    assert_eq!(south.hub.peers()[0].state, LinkState::Connected);
+    north.stop().await;
+    south.stop().await;
+}
