@@ -7,12 +7,13 @@ use std::task::{Context, Poll};
 
 use farshore_api::control::v1::control_server::SERVICE_NAME;
 use farshore_api::identity::{Identity, Role};
-use farshore_api::tls::PeerCertificate;
 use futures::future::{Either, Ready, ready};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::server::NamedService;
 use tower::Service;
+
+use crate::link::transport::Peer;
 
 /// Method of the control service -> roles that may call it.
 const TABLE: &[(&str, &[Role])] = &[
@@ -88,8 +89,8 @@ where
 
 /// Who calls: what the server put into the extensions of the request when it accepted the connection.
 fn caller(extensions: &http::Extensions) -> Option<&Identity> {
-    let certificate = || extensions.get::<PeerCertificate>().map(|peer| &peer.identity);
-    extensions.get::<Identity>().or_else(certificate)
+    let connection = || extensions.get::<Peer>().map(|peer| &peer.identity);
+    extensions.get::<Identity>().or_else(connection)
 }
 
 /// The method of a path of this service; of another service, nothing that the table knows.

@@ -2,28 +2,24 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use clap::Parser;
 use farshore_api::control::v1::{OutboxStatsResponse, PeekedChange, StatusResponse};
-use farshore_api::tls::{PeerCertificate, Reloading, TlsFiles};
+use farshore_api::tls::{Reloading, TlsFiles};
 use futures::stream::{BoxStream, StreamExt};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
 
 use super::exit::Exit;
 use super::{Cli, samples};
 use crate::admin::control::{Console, ControlService, Peek, PeekError};
+use crate::link::{TlsTransport, Transport};
 
 struct Fleet {
     folder: tempfile::TempDir,
@@ -74,44 +70,6 @@ impl Console for Double {
     }
 }
 
-/// A connection that carries who is at its other end into each request.
-struct Proven(TlsStream<TcpStream>, PeerCertificate);
-
-impl Connected for Proven {
-    type ConnectInfo = PeerCertificate;
-
-    fn connect_info(&self) -> PeerCertificate {
-        self.1.clone()
-    }
-}
-
-impl AsyncRead for Proven {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Proven {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-}
-
-async fn accept(listener: &TcpListener, tls: &Reloading) -> io::Result<Proven> {
-    let (stream, _) = listener.accept().await?;
-    let stream = TlsAcceptor::from(tls.server_config()).accept(stream).await?;
-    let peer = PeerCertificate::of(stream.get_ref().1.peer_certificates(), "farshore").map_err(io::Error::other)?;
-    Ok(Proven(stream, peer))
-}
-
 struct Agent {
     address: String,
     _runtime: Runtime,
@@ -121,20 +79,13 @@ impl Agent {
     fn start(files: TlsFiles, status: StatusResponse) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
-        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("bind");
-        let address = listener.local_addr().expect("address").to_string();
         let tls = Arc::new(Reloading::load(files, "farshore").expect("tls"));
+        let transport = TlsTransport::new(tls, TaskTracker::new());
+        let listener = runtime.block_on(transport.listen("127.0.0.1:0", CancellationToken::new())).expect("listen");
+        let address = listener.address.to_string();
         let service = ControlService::new(Arc::new(Double(status)), CancellationToken::new()).into_server();
-        let incoming = futures::stream::unfold((listener, tls), |(listener, tls)| async move {
-            let accepted = loop {
-                match accept(&listener, &tls).await {
-                    Ok(accepted) => break accepted,
-                    Err(_refused) => {}
-                }
-            };
-            Some((io::Result::Ok(accepted), (listener, tls)))
-        });
-        runtime.spawn(Server::builder().add_service(service).serve_with_incoming(incoming.boxed()));
+        let incoming = ReceiverStream::new(listener.incoming).map(io::Result::Ok);
+        runtime.spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
         Self { address, _runtime: runtime }
     }
 

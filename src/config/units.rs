@@ -77,7 +77,8 @@ fn quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 
 fn exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) -> fmt::Result {
     let smallest = units[units.len() - 1];
-    let (name, factor) = units.iter().find(|(_, n)| value >= *n && value % n == 0).copied().unwrap_or(smallest);
+    let (name, factor) =
+        units.iter().find(|(_, n)| value >= *n && value.is_multiple_of(*n)).copied().unwrap_or(smallest);
     write!(f, "{}{name}", value / factor)
 }
 
