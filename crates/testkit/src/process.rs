@@ -19,6 +19,9 @@ use crate::scratch;
 /// Lines of its log that a process shows when the test panics.
 const TAIL_LINES: usize = 20;
 
+/// A process that waits for its disk stops when that has answered.
+const STOP: Duration = Duration::from_secs(10);
+
 /// What a process has used, from /proc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
@@ -86,9 +89,18 @@ impl Process {
         self.signal(Signal::TERM)
     }
 
-    /// SIGSTOP.
+    /// SIGSTOP; returns when every thread has stopped.
     pub fn stop(&self) -> Result<()> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        // The signal is only sent by then: threads stop one by one, and one in a disk write later.
+        let end = Instant::now() + STOP;
+        while !is_stopped(self.pid)? {
+            if Instant::now() >= end {
+                bail!("{} has not stopped after {STOP:?}", self.name);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// SIGCONT.
@@ -190,6 +202,20 @@ pub fn usage(pid: u32) -> Result<Usage> {
     })
 }
 
+fn is_stopped(pid: u32) -> Result<bool> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).context("list the process's threads")? {
+        // A thread that has ended meanwhile has no state.
+        let stat = thread.and_then(|thread| fs::read_to_string(thread.path().join("stat")));
+        let state = stat
+            .ok()
+            .and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+        if state.is_some_and(|state| state != 'T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn cpu_of(stat: &str) -> Result<Duration> {
     // The second field is the program's name in parentheses and may hold anything; utime and stime are 14 and 15.
     let (_, rest) = stat
@@ -256,16 +282,7 @@ mod tests {
         let process = shell("while :; do :; done", &scratch);
         let pid = process.pid();
         process.stop().expect("a running process can be stopped");
-        let stopped = || async {
-            if state(pid) == Some('T') {
-                Ok(())
-            } else {
-                Err("runs")
-            }
-        };
-        wait::until("a stop", Duration::from_secs(5), stopped)
-            .await
-            .expect("stops");
+        assert_eq!(state(pid), Some('T'));
         process.cont().expect("a stopped process can go on");
         let before = process.usage().expect("it runs");
         let busy = || async {
