@@ -3,6 +3,7 @@
 //! - [`mongo`]: replica sets of one or three `mongod` with users, key file and optional TLS; warm ones for reuse.
 //! - [`agent`], [`pair`]: the `farshore` binary as a process, and two sites of them.
 //! - [`pki`]: the fleet's certificates, and bad ones.
+//! - [`compare`], [`workload`]: whether two clusters are equal, and what is written to them.
 //! - [`proxy`]: what lies between two sites: a TCP proxy (delay, bandwidth, cuts, partitions) and a gRPC proxy that
 //!   loses, repeats, reorders and corrupts decoded frames.
 //! - [`process`], [`ports`], [`scratch`], [`wait`]: what the above is made of.
@@ -20,6 +21,7 @@
 )]
 
 pub mod agent;
+pub mod compare;
 pub mod mongo;
 pub mod pair;
 pub mod pki;
@@ -28,3 +30,4 @@ pub mod process;
 pub mod proxy;
 pub mod scratch;
 pub mod wait;
+pub mod workload;
