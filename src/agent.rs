@@ -156,7 +156,13 @@ impl Agent {
         (!self.originates()).then(|| self.config.group.primary.clone())
     }
 
-    async fn start(&mut self, tls: Arc<Reloading>, alive: Arc<Liveness>, metrics: Arc<Metrics>, startup: Latch) -> Result<(), String> {
+    async fn start(
+        &mut self,
+        tls: Arc<Reloading>,
+        alive: Arc<Liveness>,
+        metrics: Arc<Metrics>,
+        startup: Latch,
+    ) -> Result<(), String> {
         let intake = self.supervisor.token(Stage::Intake);
         let transport = Arc::new(TlsTransport::new(tls.clone(), self.tasks.clone()));
         let listening = transport.listen(&self.config.link.listen.to_string(), intake.clone()).await;
@@ -207,7 +213,8 @@ impl Agent {
             addresses: peer.addresses.clone(),
             dial: peer.dial,
         };
-        let applied = self.source().map(|source| (source, self.applied.subscribe())).into_iter().collect::<BTreeMap<_, _>>();
+        let applied =
+            self.source().map(|source| (source, self.applied.subscribe())).into_iter().collect::<BTreeMap<_, _>>();
         let agent = self.logs.agent_id();
         let config = HubConfig {
             site: self.config.site.name.clone(),
@@ -259,7 +266,11 @@ impl Agent {
             self.lease.clone(),
         );
         let intake = self.supervisor.token(Stage::Intake);
-        self.supervisor.spawn(Stage::Intake, "lease", async move { lease.run(intake).await.map_err(|e| e.to_string()) });
+        self.supervisor.spawn(
+            Stage::Intake,
+            "lease",
+            async move { lease.run(intake).await.map_err(|e| e.to_string()) },
+        );
         let mut deposed = hub.deposed();
         let intake = self.supervisor.token(Stage::Intake);
         self.supervisor.spawn(Stage::Intake, "fencing", async move {
@@ -279,7 +290,9 @@ impl Agent {
         self.supervisor.spawn(Stage::Intake, "leadership", async move {
             loop {
                 let now = *lease.borrow_and_update();
-                if now.leader && let Some((target, inbox)) = &inbox {
+                if now.leader
+                    && let Some((target, inbox)) = &inbox
+                {
                     while let Err(error) = engine::reconcile(target, inbox, EPOCH).await {
                         tracing::warn!(%error, "the inbox cannot be put in order yet, retrying");
                         tokio::select! {
@@ -456,7 +469,8 @@ impl SourceParts {
         let status = handle.status();
         let incarnation = history.incarnation;
         // A source that was found empty captures from there at once: whoever comes later finds it all.
-        if beginning.collections.is_empty() && self.outbox.state().is_none_or(|state| state.incarnation != incarnation) {
+        if beginning.collections.is_empty() && self.outbox.state().is_none_or(|state| state.incarnation != incarnation)
+        {
             let (handle, at) = (handle.clone(), Position::through(beginning.at));
             let begin = async move { handle.begin(at, Default::default()).await };
             let first = tokio::spawn(begin);
@@ -554,7 +568,7 @@ impl SourceParts {
 }
 
 async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (MongoView, Option<mongo::ServerInfo>) {
-    let refused = |error: String| MongoView { error, refused: true, ..MongoView::default() };
+    let refused = |error: String| MongoView { error, ..MongoView::default() };
     match mongo::server_info(client).await {
         Ok(Ok(info)) if info.wire_version < WIRE_6_0 => {
             let error = format!("MongoDB {} is too old: 6.0 or later is needed", info.version);
@@ -594,7 +608,12 @@ fn wall_clock() -> Clock {
     Arc::new(|| bson::DateTime::now().timestamp_millis())
 }
 
-fn serve_health(config: &Config, readiness: &Readiness, alive: &Arc<Liveness>, metrics: &Arc<Metrics>) -> Result<HealthServer, String> {
+fn serve_health(
+    config: &Config,
+    readiness: &Readiness,
+    alive: &Arc<Liveness>,
+    metrics: &Arc<Metrics>,
+) -> Result<HealthServer, String> {
     let health = Health {
         readiness: readiness.clone(),
         heartbeat: alive.clone(),

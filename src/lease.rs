@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use bson::{Binary, DateTime, Document, doc, oid::ObjectId, spec::BinarySubtype};
+use bson::{Binary, Bson, DateTime, Document, doc, oid::ObjectId, spec::BinarySubtype};
 use mongodb::Client;
 use mongodb::options::{ReturnDocument, WriteConcern};
 use tokio::sync::watch;
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::link::Leadership;
 use crate::model::{AgentId, Term};
-use crate::mongo::{Failure, code};
+use crate::mongo::Failure;
 
 /// Keeps or waits for the lease.
 #[derive(Debug)]
@@ -48,34 +48,30 @@ impl Lease {
     /// Takes or renews the lease; none when another agent holds it.
     async fn renew(&self) -> Result<Option<Term>, Failure> {
         let leases = self.client.database("farshore").collection::<Document>("leases");
+        // One update decides at the server, by its clock: whoever may not have the lease leaves it as it is.
         let free = doc! {"$or": [
-            {"agent": self.agent_id()},
-            {"$expr": {"$lt": ["$expires", "$$NOW"]}},
+            {"$eq": ["$agent", self.agent_id()]},
+            {"$lt": [{"$ifNull": ["$expires", DateTime::from_millis(0)]}, "$$NOW"]},
         ]};
-        let mut filter = doc! {"_id": &self.group};
-        filter.extend(free);
         let same = doc! {"$eq": ["$process", self.process]};
         let next = doc! {"$add": [{"$ifNull": ["$term", 0_i64]}, 1_i64]};
         let ttl = i64::try_from(self.ttl.as_millis()).unwrap_or(i64::MAX);
+        let if_free = |new: Bson, old: &str| doc! {"$cond": [free.clone(), new, old]};
         let set = doc! {
-            "term": {"$cond": [same, "$term", next]},
-            "agent": self.agent_id(),
-            "process": self.process,
-            "expires": {"$add": ["$$NOW", ttl]},
+            "term": if_free(doc! {"$cond": [same, "$term", next]}.into(), "$term"),
+            "expires": if_free(doc! {"$add": ["$$NOW", ttl]}.into(), "$expires"),
+            "process": if_free(self.process.into(), "$process"),
+            "agent": if_free(self.agent_id().into(), "$agent"),
         };
-        let taken = leases
-            .find_one_and_update(filter, vec![doc! {"$set": set}])
+        let lease = leases
+            .find_one_and_update(doc! {"_id": &self.group}, vec![doc! {"$set": set}])
             .upsert(true)
             .return_document(ReturnDocument::After)
             .write_concern(WriteConcern::builder().w(mongodb::options::Acknowledgment::Majority).journal(true).build())
             .await
-            .map_err(Failure::of("renew the lease"));
-        match taken {
-            Ok(lease) => Ok(lease.and_then(|l| l.get_i64("term").ok()).map(|term| Term(term as u64))),
-            // The record is there and the filter did not match: somebody else holds it.
-            Err(failure) if failure.code() == Some(code::DUPLICATE_KEY) => Ok(None),
-            Err(failure) => Err(failure),
-        }
+            .map_err(Failure::of("renew the lease"))?;
+        let mine = lease.filter(|lease| lease.get_object_id("process").is_ok_and(|process| process == self.process));
+        Ok(mine.and_then(|lease| lease.get_i64("term").ok()).map(|term| Term(term as u64)))
     }
 
     /// Runs until cancelled, then gives the lease back.

@@ -60,7 +60,7 @@ impl Failure {
             doing,
             kind: classify(&error),
             transaction_aborted: error.contains_label("TransientTransactionError"),
-            detail: error.to_string(),
+            detail: describe(&error),
         }
     }
 
@@ -78,10 +78,19 @@ impl Failure {
     }
 }
 
+/// What went wrong, without the raw reply the driver's own text carries.
+fn describe(error: &DriverError) -> String {
+    match &*error.kind {
+        ErrorKind::Command(command) => format!("{} ({}): {}", command.code_name, command.code, command.message),
+        kind => kind.to_string(),
+    }
+}
+
 /// Codes after which the same command is worth sending again: elections, shutdowns, interrupted operations, timeouts of
 /// locks and of majority waits (driver specification "retryable reads", MongoDB `error_codes.yml` category RetriableError).
 const TRANSIENT: [i32; 24] = [
-    6, 7, 24, 50, 63, 64, 89, 91, 112, 133, 134, 150, 189, 234, 237, 251, 262, 317, 358, 9001, 10058, 10107, 11600, 11602,
+    6, 7, 24, 50, 63, 64, 89, 91, 112, 133, 134, 150, 189, 234, 237, 251, 262, 317, 358, 9001, 10058, 10107, 11600,
+    11602,
 ];
 const TRANSIENT_MORE: [i32; 6] = [13388, 13435, 13436, 43, 202, 12587];
 
@@ -144,7 +153,12 @@ pub async fn run(
 ///
 /// # Errors
 /// The server refused or could not be reached; `writeErrors` of the reply are not errors here.
-pub async fn run_majority(client: &Client, db: &str, mut command: Document, doing: &'static str) -> Result<Document, Failure> {
+pub async fn run_majority(
+    client: &Client,
+    db: &str,
+    mut command: Document,
+    doing: &'static str,
+) -> Result<Document, Failure> {
     command.insert("writeConcern", majority());
     let reply = client.database(db).run_command(command).await.map_err(Failure::of(doing))?;
     // A generic command's reply is not searched by the driver: the write may stand on the primary alone.
@@ -238,7 +252,11 @@ pub async fn user_collections(client: &Client) -> Result<Vec<(String, RawDocumen
 ///
 /// # Errors
 /// Unreachable or not authorised.
-pub async fn list_collections(client: &Client, database: &str, filter: Document) -> Result<Vec<RawDocumentBuf>, Failure> {
+pub async fn list_collections(
+    client: &Client,
+    database: &str,
+    filter: Document,
+) -> Result<Vec<RawDocumentBuf>, Failure> {
     use futures::TryStreamExt as _;
     let command = doc! {"listCollections": 1, "filter": filter, "cursor": {}};
     let cursor = client.database(database).run_cursor_command(command).batch().await;

@@ -25,8 +25,6 @@ pub(super) struct MongoView {
     pub(super) replica_set: String,
     pub(super) version: String,
     pub(super) error: String,
-    /// Trying again cannot help.
-    pub(super) refused: bool,
 }
 
 /// See the module text. Reads watches only, so it never blocks.
@@ -93,7 +91,9 @@ impl AgentConsole {
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
             CapturePhase::Streaming => ("waiting", "there is no session with the target".to_owned()),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
-            CapturePhase::Full(reason) | CapturePhase::HistoryLost(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
+            CapturePhase::Full(reason) | CapturePhase::HistoryLost(reason) | CapturePhase::Failed(reason) => {
+                ("failed", reason.clone())
+            }
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {
             (name, reason) = ("refused", rejection.message.clone());
@@ -113,7 +113,10 @@ impl AgentConsole {
             applied: at(view.applied),
             verified: None,
             data_loss_exposure_ms: exposure,
-            apply_lag_ms: view.applied.zip(received).map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
+            apply_lag_ms: view
+                .applied
+                .zip(received)
+                .map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
             datum_age_ms: -1,
             changes: capture.changes,
             bytes: capture.bytes,
@@ -140,7 +143,10 @@ impl AgentConsole {
             _ if !view.open => ("waiting", "there is no session with the source".to_owned()),
             (ApplyPhase::Waiting, _) => ("waiting", "nothing was received yet".to_owned()),
             (ApplyPhase::Running, _) => {
-                let behind = apply.applied.zip(received).is_some_and(|(a, r)| lag_ms(r.time.millis(), Some(a.time.millis())) > 5_000);
+                let behind = apply
+                    .applied
+                    .zip(received)
+                    .is_some_and(|(a, r)| lag_ms(r.time.millis(), Some(a.time.millis())) > 5_000);
                 (if behind { "catching_up" } else { "streaming" }, String::new())
             }
         };
@@ -200,7 +206,8 @@ impl AgentConsole {
             address: peer.address,
             error: if peer.hint.is_empty() { peer.error } else { format!("{} ({})", peer.error, peer.hint) },
             rtt_us: peer.rtt.map_or(0, |rtt| i64::try_from(rtt.as_micros()).unwrap_or(i64::MAX)),
-            since_ms: (self.clock)() - i64::try_from(now.saturating_duration_since(peer.since).as_millis()).unwrap_or(0),
+            since_ms: (self.clock)()
+                - i64::try_from(now.saturating_duration_since(peer.since).as_millis()).unwrap_or(0),
             certificate_expires_ms: peer.certificate_expiry.map_or(0, |seconds| seconds.saturating_mul(1000)),
         };
         self.hub.peers().into_iter().map(link).collect()
@@ -263,7 +270,8 @@ impl Console for AgentConsole {
         if let Some((source, apply)) = &self.apply {
             streams.push(self.incoming(source, &apply.borrow().clone()));
         }
-        let window = if head.oldest.0 == 0 { 0 } else { u64::from(head.time.seconds().saturating_sub(head.oldest.seconds())) };
+        let window =
+            if head.oldest.0 == 0 { 0 } else { u64::from(head.time.seconds().saturating_sub(head.oldest.seconds())) };
         pb::StatusResponse {
             site: self.site().to_string(),
             group: self.config.group.name.clone(),
@@ -296,9 +304,14 @@ impl Console for AgentConsole {
         let member = |peer: &crate::config::Peer| {
             let stream = StreamId { source: own.clone(), target: peer.site.clone() };
             let view = self.hub.stream_view(&stream)?;
-            Some(pb::MemberPosition { site: peer.site.to_string(), received: at(view.received), applied: at(view.applied) })
+            Some(pb::MemberPosition {
+                site: peer.site.to_string(),
+                received: at(view.received),
+                applied: at(view.applied),
+            })
         };
-        let members = if self.originates() { self.config.peers.iter().filter_map(member).collect() } else { Vec::new() };
+        let members =
+            if self.originates() { self.config.peers.iter().filter_map(member).collect() } else { Vec::new() };
         let inbox = self.apply.as_ref().and_then(|(source, _)| self.log_status(&LogId::Inbox(source.clone())));
         pb::OutboxStatsResponse { outbox: self.log_status(&LogId::Outbox), inbox, members }
     }
@@ -320,7 +333,11 @@ impl Console for AgentConsole {
 }
 
 /// The changes of a log in (`after`, `end`].
-fn peeked(log: Log, after: Position, end: Position) -> impl futures::Stream<Item = Result<pb::PeekedChange, PeekError>> {
+fn peeked(
+    log: Log,
+    after: Position,
+    end: Position,
+) -> impl futures::Stream<Item = Result<pb::PeekedChange, PeekError>> {
     let batches = futures::stream::unfold((log.reader(after), after), move |(mut reader, mut last)| async move {
         if last >= end {
             return None;

@@ -59,7 +59,9 @@ impl Gate {
 
     async fn serve(&self, receiving: &Receiving) -> Result<(), StartRefusal> {
         let source = self.source.load_full();
-        let waiting = || refusal("the source's MongoDB was not reached yet", "it is tried again by itself; see the log of that site");
+        let waiting = || {
+            refusal("the source's MongoDB was not reached yet", "it is tried again by itself; see the log of that site")
+        };
         let source = source.ok_or_else(waiting)?;
         let state = self.outbox.state().filter(|state| state.incarnation == source.incarnation);
         let (at, hash) = match (receiving.received, receiving.start_at) {
@@ -73,7 +75,10 @@ impl Gate {
             (None, Some(time)) => (Position::through(time), StreamHash::default()),
             (None, None) => {
                 if let [first, ..] = &source.beginning.collections[..] {
-                    let message = format!("the source had {} collections when it was first seen, among them {first}", source.beginning.collections.len());
+                    let message = format!(
+                        "the source had {} collections when it was first seen, among them {first}",
+                        source.beginning.collections.len()
+                    );
                     let hint = "the initial copy is not built yet: restore a dump at the target and declare its cluster time with apply.start_at";
                     return Err(refusal(message, hint));
                 }
@@ -110,7 +115,11 @@ impl StartGate for Gate {
         Box::pin(self.target_state(source))
     }
 
-    fn serve_from<'a>(&'a self, _peer: &'a SiteName, receiving: &'a Receiving) -> BoxFuture<'a, Result<(), StartRefusal>> {
+    fn serve_from<'a>(
+        &'a self,
+        _peer: &'a SiteName,
+        receiving: &'a Receiving,
+    ) -> BoxFuture<'a, Result<(), StartRefusal>> {
         Box::pin(self.serve(receiving))
     }
 }

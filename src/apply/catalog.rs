@@ -61,7 +61,8 @@ impl Catalog {
     /// The collection of this name that is present, if any.
     pub fn named(&self, db: &str, coll: &str) -> Option<(CollectionUuid, Entry)> {
         let entries = self.entries();
-        let present = |entry: &Entry| !matches!(entry.presence, Presence::Dropped) && entry.db == db && entry.coll == coll;
+        let present =
+            |entry: &Entry| !matches!(entry.presence, Presence::Dropped) && entry.db == db && entry.coll == coll;
         entries.iter().find(|(_, entry)| present(entry)).map(|(uuid, entry)| (*uuid, entry.clone()))
     }
 }

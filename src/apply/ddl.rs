@@ -28,7 +28,8 @@ pub(super) async fn run(
     let changed = match step {
         DdlStep::Adopt { collection, db, coll } => adopt(target, position, *collection, db, coll).await?,
         DdlStep::Event(bytes) => {
-            let malformed = |message: String| TargetError::Fatal { message, hint: "the change is kept in the inbox; report it" };
+            let malformed =
+                |message: String| TargetError::Fatal { message, hint: "the change is kept in the inbox; report it" };
             let raw = RawDocument::from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
             let change = Change::parse(position, raw).map_err(|e| malformed(e.to_string()))?;
             event(target, &change, entries).await?
@@ -146,7 +147,9 @@ async fn command(target: &MongoTarget, db: &str, command: Document, doing: &'sta
                 Some(code::UUID_MISMATCH | code::NAMESPACE_NOT_FOUND) => {
                     "a replicated collection was dropped or replaced at the target; it must be copied again"
                 }
-                Some(code::DUPLICATE_KEY) => "documents at the target violate an index the source has: they differ; verify and repair",
+                Some(code::DUPLICATE_KEY) => {
+                    "documents at the target violate an index the source has: they differ; verify and repair"
+                }
                 Some(code) => hint_of(code),
                 None => "see the message of MongoDB",
             };
@@ -167,7 +170,12 @@ async fn on_collection(
     command(target, &entry.db, body, "apply ddl").await
 }
 
-async fn drop_collection(target: &MongoTarget, position: Position, entry: &Entry, here: CollectionUuid) -> Result<(), TargetError> {
+async fn drop_collection(
+    target: &MongoTarget,
+    position: Position,
+    entry: &Entry,
+    here: CollectionUuid,
+) -> Result<(), TargetError> {
     let Some(name) = name_of(target, &entry.db, here).await? else { return Ok(()) };
     target.guard(position).await?;
     command(target, &entry.db, doc! {"drop": name, "collectionUUID": store::uuid(here)}, "drop a collection").await
@@ -229,11 +237,21 @@ async fn indexes_of(target: &MongoTarget, entry: &Entry) -> Result<Vec<Document>
     Ok(cursor.try_collect().await.map_err(Failure::of("list indexes"))?)
 }
 
-async fn drop_indexes(target: &MongoTarget, change: &Change<'_>, entry: &Entry, here: CollectionUuid) -> Result<(), TargetError> {
+async fn drop_indexes(
+    target: &MongoTarget,
+    change: &Change<'_>,
+    entry: &Entry,
+    here: CollectionUuid,
+) -> Result<(), TargetError> {
     let there = indexes_of(target, entry).await?;
     let description = description(change)?;
-    let gone = description.get_array("indexes").into_iter().flatten().filter_map(|spec| spec.as_document()?.get_str("name").ok());
-    let names: Vec<&str> = gone.filter(|name| there.iter().any(|index| index.get_str("name").is_ok_and(|n| n == *name))).collect();
+    let gone = description
+        .get_array("indexes")
+        .into_iter()
+        .flatten()
+        .filter_map(|spec| spec.as_document()?.get_str("name").ok());
+    let names: Vec<&str> =
+        gone.filter(|name| there.iter().any(|index| index.get_str("name").is_ok_and(|n| n == *name))).collect();
     if names.is_empty() {
         return Ok(());
     }
@@ -244,7 +262,8 @@ async fn drop_indexes(target: &MongoTarget, change: &Change<'_>, entry: &Entry, 
 async fn needs_one_lane(target: &MongoTarget, entry: &Entry, here: CollectionUuid) -> Result<bool, TargetError> {
     let options = find(target, &entry.db, doc! {"info.uuid": store::uuid(here)}).await?;
     let options = options.as_ref().and_then(|entry| entry.get_document("options").ok());
-    let special = options.is_some_and(|o| matches!(o.get("collation"), Ok(Some(_))) || o.get_bool("capped").unwrap_or(false));
+    let special =
+        options.is_some_and(|o| matches!(o.get("collation"), Ok(Some(_))) || o.get_bool("capped").unwrap_or(false));
     let unique = |index: &Document| {
         let flag = |name| index.get_bool(name).unwrap_or(false);
         index.get_str("name").is_ok_and(|name| name != "_id_") && (flag("unique") || flag("prepareUnique"))
@@ -268,16 +287,29 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
         Some(found) if intent(target, uuid).await? => found,
         Some(found) => {
             if !is_empty(target, db, coll).await? {
-                let reason = format!("a collection {} that is not from the source is in the way at the target", change.ns);
+                let reason =
+                    format!("a collection {} that is not from the source is in the way at the target", change.ns);
                 return Ok(vec![(uuid, refused(change, reason))]);
             }
-            let entry = Entry { db: db.into(), coll: coll.into(), presence: Presence::Present(found), one_lane, ddl_through: change.position };
+            let entry = Entry {
+                db: db.into(),
+                coll: coll.into(),
+                presence: Presence::Present(found),
+                one_lane,
+                ddl_through: change.position,
+            };
             drop_collection(target, change.position, &entry, found).await?;
             create_now(target, change, uuid, &options).await?
         }
         None => create_now(target, change, uuid, &options).await?,
     };
-    let entry = Entry { db: db.into(), coll: coll.into(), presence: Presence::Present(here), one_lane, ddl_through: change.position };
+    let entry = Entry {
+        db: db.into(),
+        coll: coll.into(),
+        presence: Presence::Present(here),
+        one_lane,
+        ddl_through: change.position,
+    };
     Ok(vec![(uuid, entry)])
 }
 
@@ -291,7 +323,12 @@ async fn intent(target: &MongoTarget, uuid: CollectionUuid) -> Result<bool, Targ
 
 async fn is_empty(target: &MongoTarget, db: &str, coll: &str) -> Result<bool, TargetError> {
     let documents = target.client.database(db).collection::<Document>(coll);
-    Ok(documents.find_one(doc! {}).projection(doc! {"_id": 1}).await.map_err(Failure::of("look into a collection"))?.is_none())
+    Ok(documents
+        .find_one(doc! {})
+        .projection(doc! {"_id": 1})
+        .await
+        .map_err(Failure::of("look into a collection"))?
+        .is_none())
 }
 
 /// Creates the collection and records the intent under this term, in one transaction.
@@ -307,7 +344,8 @@ async fn create_now(
     session.start_transaction().write_concern(majority).await.map_err(Failure::of(doing))?;
     let term = target.term().await.0 as i64;
     let q = doc! {"_id": target.stream.to_string(), "term": term};
-    let fence = doc! {"update": "streams", "updates": [{"q": q, "u": {"$set": {"ddl": store::position(change.position)}}}]};
+    let fence =
+        doc! {"update": "streams", "updates": [{"q": q, "u": {"$set": {"ddl": store::position(change.position)}}}]};
     let id = doc! {"stream": target.stream.to_string(), "collection": store::uuid(uuid)};
     let intent = doc! {"q": {"_id": id}, "u": {"$set": {"intent": store::position(change.position)}}, "upsert": true};
     let record = doc! {"update": "catalog", "updates": [intent]};
@@ -336,7 +374,13 @@ async fn create_now(
 }
 
 /// A collection that was there when the stream began is found by its name.
-async fn adopt(target: &MongoTarget, position: Position, uuid: CollectionUuid, db: &str, coll: &str) -> Result<Changed, TargetError> {
+async fn adopt(
+    target: &MongoTarget,
+    position: Position,
+    uuid: CollectionUuid,
+    db: &str,
+    coll: &str,
+) -> Result<Changed, TargetError> {
     let found = find(target, db, doc! {"name": coll, "type": "collection"}).await?;
     let mut entry = Entry {
         db: db.to_owned(),
@@ -345,7 +389,10 @@ async fn adopt(target: &MongoTarget, position: Position, uuid: CollectionUuid, d
         one_lane: true,
         ddl_through: position,
     };
-    let capped = found.as_ref().and_then(|f| f.get_document("options").ok()).is_some_and(|o| o.get_bool("capped").unwrap_or(false));
+    let capped = found
+        .as_ref()
+        .and_then(|f| f.get_document("options").ok())
+        .is_some_and(|o| o.get_bool("capped").unwrap_or(false));
     match found.as_deref().and_then(mongo::uuid_of) {
         Some(_) if capped => entry.presence = Presence::Refused("capped collections are not replicated yet".into()),
         Some(here) => {
@@ -369,7 +416,11 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
             }
             let there = find(target, db, doc! {"name": coll}).await?;
             target.guard(change.position).await?;
-            let mut body = if there.is_some() { doc! {"collMod": coll} } else { doc! {"create": coll} };
+            let mut body = if there.is_some() {
+                doc! {"collMod": coll}
+            } else {
+                doc! {"create": coll}
+            };
             if there.is_some() {
                 view.remove("collation");
             }
@@ -383,7 +434,8 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
                 command(target, db, doc! {"drop": coll}, "drop a view").await?;
             }
             let known = entries.get(&synthetic(change));
-            let gone = known.map(|entry| Entry { presence: Presence::Dropped, ddl_through: change.position, ..entry.clone() });
+            let gone =
+                known.map(|entry| Entry { presence: Presence::Dropped, ddl_through: change.position, ..entry.clone() });
             return Ok(gone.map(|entry| (synthetic(change), entry)).into_iter().collect());
         }
         Op::DropDatabase => drop_database(target, change, entries).await?,
@@ -395,7 +447,8 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
 /// An id for something refused that has no UUID in the stream.
 fn synthetic(change: &Change<'_>) -> CollectionUuid {
     let name = change.ns.to_string();
-    let (a, b) = (xxhash_rust::xxh3::xxh3_64(name.as_bytes()), xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), 1));
+    let (a, b) =
+        (xxhash_rust::xxh3::xxh3_64(name.as_bytes()), xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), 1));
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&a.to_be_bytes());
     bytes[8..].copy_from_slice(&b.to_be_bytes());
@@ -409,7 +462,10 @@ async fn drop_database(target: &MongoTarget, change: &Change<'_>, entries: &Entr
     for entry in &left {
         let name = entry.get_str("name").unwrap_or("");
         let here = mongo::uuid_of(entry);
-        let newer = |known: &Entry| known.presence == Presence::Present(here.unwrap_or(CollectionUuid([0; 16]))) && known.ddl_through > change.position;
+        let newer = |known: &Entry| {
+            known.presence == Presence::Present(here.unwrap_or(CollectionUuid([0; 16])))
+                && known.ddl_through > change.position
+        };
         if name.starts_with("system.") || entries.values().any(newer) {
             continue;
         }

@@ -80,7 +80,10 @@ impl<'a> Delta<'a> {
         if self.set.len() < 2 || (sorted && !numeric) {
             PlainUpdate::Operators(self.operators())
         } else {
-            PlainUpdate::Pipeline { first: (!self.truncate.is_empty()).then(|| self.truncations_only()), stages: self.pipeline() }
+            PlainUpdate::Pipeline {
+                first: (!self.truncate.is_empty()).then(|| self.truncations_only()),
+                stages: self.pipeline(),
+            }
         }
     }
 
@@ -265,9 +268,7 @@ impl<'e> Edit<'e> {
                 match (same, tail.is_empty()) {
                     (false, _) => None,
                     (true, true) => Some(Hit::Here(self.action)),
-                    (true, false) => {
-                        container.then_some(Hit::Below(Edit { rest: Rest::Spelt(tail), ..*self }))
-                    }
+                    (true, false) => container.then_some(Hit::Below(Edit { rest: Rest::Spelt(tail), ..*self })),
                 }
             }
         }
@@ -359,7 +360,12 @@ fn patch_document(document: &RawDocument, edits: &[Edit<'_>], out: &mut Writer) 
     Ok(())
 }
 
-fn patch_array(array: &RawDocument, truncate: Option<usize>, edits: &[Edit<'_>], out: &mut Writer) -> Result<(), DeltaError> {
+fn patch_array(
+    array: &RawDocument,
+    truncate: Option<usize>,
+    edits: &[Edit<'_>],
+    out: &mut Writer,
+) -> Result<(), DeltaError> {
     let keep = truncate.unwrap_or(usize::MAX);
     let mut used = vec![0u8; edits.len()];
     let mut length = 0;
@@ -424,7 +430,7 @@ mod tests {
         let after = applied(
             doc! {"a": [1, {"b": [5, 6, 7]}, 3, 4]},
             doc! {"truncatedArrays": [{"field": "a", "newSize": 2}, {"field": "a.1.b", "newSize": 1}],
-                  "updatedFields": {"a.0": 9, "a.1.b.0": 8}, "removedFields": []},
+            "updatedFields": {"a.0": 9, "a.1.b.0": 8}, "removedFields": []},
         );
         assert_eq!(after.expect("applies"), doc! {"a": [9, {"b": [8]}]});
     }

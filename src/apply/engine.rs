@@ -400,7 +400,10 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
     fn feed(&mut self, stored: &Stored) -> Result<(), End> {
         let fatal = |message: String, hint| TargetError::Fatal { message, hint };
         let header = stored.batch.header().clone();
-        let changes = stored.batch.changes().map_err(|e| fatal(e.to_string(), "the stored batch is damaged; it is received again"))?;
+        let changes = stored
+            .batch
+            .changes()
+            .map_err(|e| fatal(e.to_string(), "the stored batch is damaged; it is received again"))?;
         let skip = stored.skip_through.max(self.lanes.resume_from());
         let mut units = Vec::new();
         let routed = self.router.feed(&changes, skip, &self.catalog.entries(), &mut units);
@@ -460,7 +463,8 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
 
     fn start_confirm(&mut self) {
         let floor = self.lanes.floor();
-        if self.confirming || Instant::now() < self.confirm_at || (floor <= self.confirmed && self.to_persist.is_none()) {
+        if self.confirming || Instant::now() < self.confirm_at || (floor <= self.confirmed && self.to_persist.is_none())
+        {
             return;
         }
         self.confirming = true;
@@ -660,7 +664,11 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         Ok(count)
     }
 
-    async fn fetch_all(&self, collection: CollectionUuid, suspects: Vec<Suspect>) -> Result<Vec<Resolved>, TargetError> {
+    async fn fetch_all(
+        &self,
+        collection: CollectionUuid,
+        suspects: Vec<Suspect>,
+    ) -> Result<Vec<Resolved>, TargetError> {
         let Some(entry) = self.entries.get(&collection) else { return Ok(Vec::new()) };
         let mut resolved = Vec::new();
         let mut rest = &suspects[..];
@@ -693,7 +701,12 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
     }
 
     /// The lane states to store: floors of fetched documents go to the lane their changes come in.
-    fn with_floors(&self, lanes: &[LaneStep], resolved: &[Resolved], added: &mut Vec<(LaneId, Floor)>) -> Vec<LaneStep> {
+    fn with_floors(
+        &self,
+        lanes: &[LaneStep],
+        resolved: &[Resolved],
+        added: &mut Vec<(LaneId, Floor)>,
+    ) -> Vec<LaneStep> {
         let mut lanes = lanes.to_vec();
         added.clear();
         for one in resolved {

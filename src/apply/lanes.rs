@@ -348,7 +348,8 @@ impl Lanes {
 
     /// The next DDL step that may run now.
     pub fn take_ddl(&mut self) -> Option<DdlId> {
-        let ready = self.ddls.iter().find(|(id, ddl)| !ddl.running && ddl.keys.iter().all(|key| self.is_open(key, **id)));
+        let ready =
+            self.ddls.iter().find(|(id, ddl)| !ddl.running && ddl.keys.iter().all(|key| self.is_open(key, **id)));
         let id = ready.map(|(id, _)| *id)?;
         self.ddls.get_mut(&id).expect("just found").running = true;
         Some(id)
@@ -527,7 +528,8 @@ impl Lanes {
                 park(*uuid, *first);
             }
         }
-        let floors = state.floors.iter().filter(|floor| floor.at >= position.time || !parked.is_empty()).cloned().collect();
+        let floors =
+            state.floors.iter().filter(|floor| floor.at >= position.time || !parked.is_empty()).cloned().collect();
         LaneStep { lane, from: state.clone(), to: LaneState { position, parked, floors } }
     }
 

@@ -12,13 +12,25 @@ use super::*;
 /// unique index.
 #[derive(Clone, Debug)]
 enum SourceOp {
-    Put { collection: u8, id: u8, value: u8 },
-    Delete { collection: u8, id: u8 },
+    Put {
+        collection: u8,
+        id: u8,
+        value: u8,
+    },
+    Delete {
+        collection: u8,
+        id: u8,
+    },
     /// Moves the value of one document of the unique collection to another through a temporary.
-    Swap { a: u8, b: u8 },
+    Swap {
+        a: u8,
+        b: u8,
+    },
     Transaction(Vec<(u8, u8, u8)>),
     ToggleUnique,
-    Clear { collection: u8 },
+    Clear {
+        collection: u8,
+    },
 }
 
 fn ops() -> impl Strategy<Value = Vec<SourceOp>> {
@@ -87,11 +99,14 @@ fn history(ops: &[SourceOp]) -> (Vec<Unit>, Store) {
                 units.push(single(time, (*collection, *id, None)));
             }
             SourceOp::Swap { a, b } => {
-                let (Some(x), Some(y)) = (store.documents.get(&(2, *a)).copied(), store.documents.get(&(2, *b)).copied())
+                let (Some(x), Some(y)) =
+                    (store.documents.get(&(2, *a)).copied(), store.documents.get(&(2, *b)).copied())
                 else {
                     continue;
                 };
-                let Some(spare) = (0..=u8::MAX).find(|v| !store.documents.values().any(|used| used == v)) else { continue };
+                let Some(spare) = (0..=u8::MAX).find(|v| !store.documents.values().any(|used| used == v)) else {
+                    continue;
+                };
                 for write in [(2, *a, Some(spare)), (2, *b, Some(x)), (2, *a, Some(y))] {
                     if a != b {
                         store.write(write);

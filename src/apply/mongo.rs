@@ -46,7 +46,10 @@ impl From<Failure> for TargetError {
 
 impl From<store::StoreError> for TargetError {
     fn from(error: store::StoreError) -> Self {
-        Self::Fatal { message: error.to_string(), hint: "the target's farshore database was written by another version or by hand" }
+        Self::Fatal {
+            message: error.to_string(),
+            hint: "the target's farshore database was written by another version or by hand",
+        }
     }
 }
 
@@ -91,13 +94,20 @@ impl MongoTarget {
     }
 
     /// Runs an update with majority write concern and returns how many documents matched.
-    pub(super) async fn update(&self, collection: &str, statements: Vec<Document>, doing: &'static str) -> Result<i32, TargetError> {
+    pub(super) async fn update(
+        &self,
+        collection: &str,
+        statements: Vec<Document>,
+        doing: &'static str,
+    ) -> Result<i32, TargetError> {
         let command = doc! {"update": collection, "updates": statements, "ordered": true};
         let reply = mongo::run_majority(&self.client, DB, command, doing).await?;
         if let Some(error) = first_write_error(&reply) {
             return match error.code {
                 code::DUPLICATE_KEY => Ok(0),
-                other => Err(TargetError::Fatal { message: format!("{doing}: {}", error.message), hint: hint_of(other) }),
+                other => {
+                    Err(TargetError::Fatal { message: format!("{doing}: {}", error.message), hint: hint_of(other) })
+                }
             };
         }
         Ok(reply.get_i32("n").unwrap_or(0))
@@ -215,7 +225,9 @@ impl MongoTarget {
                 Step::Run { db, collection, body, expected } => {
                     self.run_step(session, db, *collection, body.clone(), *expected).await?;
                 }
-                Step::Patch { entry, collection, changes } => self.run_patch(session, entry, *collection, changes).await?,
+                Step::Patch { entry, collection, changes } => {
+                    self.run_patch(session, entry, *collection, changes).await?
+                }
             }
         }
         Ok(())
@@ -262,10 +274,8 @@ impl MongoTarget {
         for change in changes {
             let diverged = || CommitError::Diverged(Divergence::Document { collection, identity: change.identity });
             let before = documents.get(&change.identity).ok_or_else(diverged)?;
-            let delta = Delta::parse(&change.update).map_err(|error| TargetError::Fatal {
-                message: error.to_string(),
-                hint: "upgrade this agent",
-            })?;
+            let delta = Delta::parse(&change.update)
+                .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
             let after = delta.apply(before).map_err(|_| diverged())?;
             written.push((change.key.clone(), after));
         }
@@ -307,7 +317,9 @@ impl MongoTarget {
             let command = find_command(entry, part.iter().map(|key| &**key), true);
             let cursor = self.client.database(&entry.db).run_raw_cursor_command(command).batch().await;
             let mut cursor = cursor.map_err(Failure::of("look for diverged documents"))?;
-            while let Some(batch) = cursor.next().await.transpose().map_err(Failure::of("look for diverged documents"))? {
+            while let Some(batch) =
+                cursor.next().await.transpose().map_err(Failure::of("look for diverged documents"))?
+            {
                 let documents = batch.doc_slices().map_err(Failure::of("look for diverged documents"))?;
                 let ids = documents.into_iter().filter_map(|d| raw::get(d.ok()?.as_document()?, "_id"));
                 found.extend(ids.map(|id| hash::key_identity(&id)));
@@ -320,7 +332,11 @@ impl MongoTarget {
     async fn holders(&self, entry: &Entry, fields: &RawDocument) -> Result<Vec<(u128, RawDocumentBuf)>, TargetError> {
         let documents = self.client.database(&entry.db).collection::<RawDocumentBuf>(&entry.coll);
         let filter = Document::try_from(fields).map_err(|e| Failure::of("read a duplicate key")(e.into()))?;
-        let mut cursor = documents.find(filter).projection(doc! {"_id": 1}).await.map_err(Failure::of("find a blocking document"))?;
+        let mut cursor = documents
+            .find(filter)
+            .projection(doc! {"_id": 1})
+            .await
+            .map_err(Failure::of("find a blocking document"))?;
         let mut found = Vec::new();
         while let Some(document) = cursor.next().await.transpose().map_err(Failure::of("find a blocking document"))? {
             if let Some(id) = raw::get(&document, "_id") {
@@ -401,7 +417,9 @@ pub(super) fn first_write_error(reply: &Document) -> Option<WriteError> {
 
 pub(super) fn hint_of(code: i32) -> &'static str {
     match code {
-        code::USER_WRITES_BLOCKED => "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README",
+        code::USER_WRITES_BLOCKED => {
+            "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README"
+        }
         code::UNAUTHORIZED => "grant the agent's user the role in the README",
         _ => "see the message of MongoDB",
     }
@@ -470,7 +488,8 @@ impl Target for MongoTarget {
         }
         let record = store::read_stream(&self.stored_stream().await?.ok_or_else(gone)?)?;
         let statement = |lane| {
-            let first = doc! {"stream": self.stream_id(), "version": store::VERSION, "position": store::position(record.floor)};
+            let first =
+                doc! {"stream": self.stream_id(), "version": store::VERSION, "position": store::position(record.floor)};
             doc! {
                 "q": {"_id": self.lane_id(lane), "term": below.clone()},
                 "u": {"$set": {"term": term.0 as i64}, "$setOnInsert": first},
@@ -496,13 +515,16 @@ impl Target for MongoTarget {
         let held = self.held.read().await;
         let mut session = held.sessions[worker].lock().await;
         let w1 = WriteConcern::builder().w(Acknowledgment::Nodes(1)).build();
-        session.start_transaction().write_concern(w1).await.map_err(Failure::of("start a transaction")).map_err(TargetError::from)?;
+        session
+            .start_transaction()
+            .write_concern(w1)
+            .await
+            .map_err(Failure::of("start a transaction"))
+            .map_err(TargetError::from)?;
         match self.run_transaction(&mut session, held.term, transaction, &steps).await {
             Ok(()) => match session.commit_transaction().await.map_err(Failure::of("commit a transaction")) {
                 Ok(()) => Ok(()),
-                Err(failure) if failure.transaction_aborted => {
-                    Err(TargetError::Transient(failure.to_string()).into())
-                }
+                Err(failure) if failure.transaction_aborted => Err(TargetError::Transient(failure.to_string()).into()),
                 // Committed or not: only the stored lanes can tell.
                 Err(failure) => Err(TargetError::Moved(failure.to_string()).into()),
             },
@@ -514,7 +536,12 @@ impl Target for MongoTarget {
         }
     }
 
-    async fn examine(&self, items: &[Item], entries: &Entries, divergence: &Divergence) -> Result<Vec<Suspect>, TargetError> {
+    async fn examine(
+        &self,
+        items: &[Item],
+        entries: &Entries,
+        divergence: &Divergence,
+    ) -> Result<Vec<Suspect>, TargetError> {
         let mut suspects = Vec::new();
         match divergence {
             Divergence::Unique { collection, fields } => {
@@ -548,14 +575,20 @@ impl Target for MongoTarget {
         }
         let mut stored = self.read_lanes().await?;
         let missing = || TargetError::Moved("a lane is missing".into());
-        let positions = LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).map(|l| l.position).ok_or_else(missing));
+        let positions =
+            LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).map(|l| l.position).ok_or_else(missing));
         let positions = positions.collect::<Result<Vec<_>, _>>()?;
         let hello = self.client.database("admin").run_command(doc! {"hello": 1}).await;
         let hello = hello.map_err(Failure::of("ask who is primary"))?;
         Ok((positions, hello.get_object_id("electionId").ok()))
     }
 
-    async fn ddl(&self, position: Position, step: &DdlStep, entries: &Entries) -> Result<Vec<(CollectionUuid, Entry)>, TargetError> {
+    async fn ddl(
+        &self,
+        position: Position,
+        step: &DdlStep,
+        entries: &Entries,
+    ) -> Result<Vec<(CollectionUuid, Entry)>, TargetError> {
         super::ddl::run(self, position, step, entries).await
     }
 }
@@ -593,7 +626,9 @@ impl MongoTarget {
         }
         let mut suspects = BTreeMap::new();
         for item in items {
-            let Some(change) = RawDocument::from_bytes(&item.bytes).ok().and_then(|d| Change::parse(item.position, d).ok()) else {
+            let Some(change) =
+                RawDocument::from_bytes(&item.bytes).ok().and_then(|d| Change::parse(item.position, d).ok())
+            else {
                 continue;
             };
             let id = (item.collection, item.key);
@@ -604,7 +639,11 @@ impl MongoTarget {
                 Op::Delete if !exists => Some("delete"),
                 _ => None,
             };
-            if change.op == Op::Delete { there.remove(&id) } else { there.insert(id) };
+            if change.op == Op::Delete {
+                there.remove(&id)
+            } else {
+                there.insert(id)
+            };
             let kind = if change.trimmed { Some("large") } else { kind };
             if let (Some(kind), Some(key)) = (kind, change.document_key) {
                 let suspect = Suspect { collection: item.collection, identity: item.key, key: key.to_owned(), kind };
@@ -623,8 +662,10 @@ fn key_of(item: &Item) -> Option<RawDocumentBuf> {
 fn plan_error(error: PlanError) -> CommitError {
     match error {
         PlanError::NeedsFetch(_) => CommitError::Diverged(Divergence::Somewhere),
-        other => {
-            TargetError::Fatal { message: other.to_string(), hint: "the change is kept in the inbox; upgrade or report it" }.into()
+        other => TargetError::Fatal {
+            message: other.to_string(),
+            hint: "the change is kept in the inbox; upgrade or report it",
         }
+        .into(),
     }
 }

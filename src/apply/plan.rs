@@ -148,11 +148,19 @@ struct Grouper<'a> {
 
 impl<'a> Grouper<'a> {
     fn new(entry: &'a Entry) -> Self {
-        Self { entry, groups: Vec::new(), growing: HashMap::new(), order: Vec::new(), last: HashMap::new(), generation: 0 }
+        Self {
+            entry,
+            groups: Vec::new(),
+            growing: HashMap::new(),
+            order: Vec::new(),
+            last: HashMap::new(),
+            generation: 0,
+        }
     }
 
     fn add(&mut self, item: &Item) -> Result<(), PlanError> {
-        let document = RawDocument::from_bytes(&item.bytes).map_err(|_| ParseError::Bson { position: item.position })?;
+        let document =
+            RawDocument::from_bytes(&item.bytes).map_err(|_| ParseError::Bson { position: item.position })?;
         let change = Change::parse(item.position, document)?;
         if change.trimmed {
             return Err(PlanError::NeedsFetch(item.position));
@@ -366,7 +374,13 @@ mod tests {
         let key = bytes.get_document("documentKey").expect("key");
         let id = raw::get(key, "_id").expect("id");
         let (key, doc_lane) = (hash::key_identity(&id), LaneId::of(0));
-        Item { position: Position::new(ClusterTime(time), 1), key, doc_lane, collection: UUID, bytes: bytes.into_bytes().into() }
+        Item {
+            position: Position::new(ClusterTime(time), 1),
+            key,
+            doc_lane,
+            collection: UUID,
+            bytes: bytes.into_bytes().into(),
+        }
     }
 
     fn insert(time: u64, id: i32) -> Item {

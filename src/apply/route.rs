@@ -72,7 +72,13 @@ impl Router {
     ///
     /// # Errors
     /// A change cannot be read; everything before it was handed on.
-    pub fn feed(&mut self, changes: &Changes, skip_through: Position, entries: &Entries, units: &mut Vec<Unit>) -> Result<(), RouteError> {
+    pub fn feed(
+        &mut self,
+        changes: &Changes,
+        skip_through: Position,
+        entries: &Entries,
+        units: &mut Vec<Unit>,
+    ) -> Result<(), RouteError> {
         for (position, bytes) in changes.shared() {
             if position <= skip_through {
                 continue;
@@ -89,7 +95,13 @@ impl Router {
         Ok(())
     }
 
-    fn route(&mut self, position: Position, bytes: &Bytes, entries: &Entries, units: &mut Vec<Unit>) -> Result<(), RouteError> {
+    fn route(
+        &mut self,
+        position: Position,
+        bytes: &Bytes,
+        entries: &Entries,
+        units: &mut Vec<Unit>,
+    ) -> Result<(), RouteError> {
         let raw = bson::RawDocument::from_bytes(bytes).map_err(|_| ParseError::Bson { position })?;
         let change = Change::parse(position, raw)?;
         if change.is_mark() {
@@ -123,7 +135,14 @@ impl Router {
     }
 
     /// A collection nobody announced was there before the stream began.
-    fn know(&mut self, position: Position, uuid: CollectionUuid, change: &Change<'_>, entries: &Entries, units: &mut Vec<Unit>) {
+    fn know(
+        &mut self,
+        position: Position,
+        uuid: CollectionUuid,
+        change: &Change<'_>,
+        entries: &Entries,
+        units: &mut Vec<Unit>,
+    ) {
         if entries.contains_key(&uuid) {
             self.announced.remove(&uuid);
         } else if self.announced.insert(uuid) {
@@ -192,7 +211,7 @@ mod tests {
     fn event(op: &str, id: i32) -> RawDocumentBuf {
         let uuid = Binary { subtype: BinarySubtype::Uuid, bytes: vec![1; 16] };
         let event = doc! {"operationType": op, "collectionUUID": uuid, "ns": {"db": "d", "coll": "c"},
-            "documentKey": {"_id": id}, "fullDocument": {"_id": id}};
+        "documentKey": {"_id": id}, "fullDocument": {"_id": id}};
         RawDocumentBuf::try_from(&event).expect("encode")
     }
 
@@ -233,7 +252,8 @@ mod tests {
     #[test]
     fn a_create_inside_a_transaction_comes_first_and_below_it() {
         let (mut router, mut units) = (Router::default(), Vec::new());
-        let batch = changes(1, &[(2, 1, event("insert", 1)), (2, 2, event("create", 0)), (2, 3, event("insert", 2))], true);
+        let batch =
+            changes(1, &[(2, 1, event("insert", 1)), (2, 2, event("create", 0)), (2, 3, event("insert", 2))], true);
         router.feed(&batch, Position::ZERO, &known(), &mut units).expect("feed");
         let [Unit::Ddl { id, .. }, Unit::Together { items, .. }] = &units[..] else { panic!("{units:?}") };
         assert!(id.0 < items[0].position);
@@ -244,7 +264,10 @@ mod tests {
         let (mut router, mut units) = (Router::default(), Vec::new());
         let batch = changes(1, &[(2, 1, event("insert", 1)), (3, 1, event("insert", 2))], true);
         router.feed(&batch, Position::ZERO, &Entries::new(), &mut units).expect("feed");
-        assert!(matches!(&units[..], [Unit::Ddl { step: DdlStep::Adopt { .. }, .. }, Unit::Change(_), Unit::Change(_)]));
+        assert!(matches!(
+            &units[..],
+            [Unit::Ddl { step: DdlStep::Adopt { .. }, .. }, Unit::Change(_), Unit::Change(_)]
+        ));
     }
 
     #[test]
@@ -254,7 +277,9 @@ mod tests {
         router.feed(&changes(1, &events, false), Position::ZERO, &known(), &mut units).expect("feed");
         assert!(matches!(&units[..], [Unit::Together { whole: false, .. }]));
         assert!(!router.at_cut());
-        router.feed(&changes(3, &[(4, 1, event("insert", 1))], true), Position::ZERO, &known(), &mut units).expect("feed");
+        router
+            .feed(&changes(3, &[(4, 1, event("insert", 1))], true), Position::ZERO, &known(), &mut units)
+            .expect("feed");
         assert!(matches!(&units[1..], [Unit::Together { whole: true, .. }, Unit::Change(_)]));
         assert!(router.at_cut());
     }

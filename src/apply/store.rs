@@ -214,9 +214,15 @@ mod tests {
 
     #[test]
     fn streams_and_entries_round_trip() {
-        let record = StreamRecord { incarnation: Incarnation([3; 16]), floor: at(4), hash: StreamHash(u64::MAX - 1), adopted: true };
+        let record = StreamRecord {
+            incarnation: Incarnation([3; 16]),
+            floor: at(4),
+            hash: StreamHash(u64::MAX - 1),
+            adopted: true,
+        };
         assert_eq!(read_stream(&stream_fields(&record)).expect("read"), record);
-        for presence in [Presence::Present(CollectionUuid([4; 16])), Presence::Dropped, Presence::Refused("why".into())] {
+        for presence in [Presence::Present(CollectionUuid([4; 16])), Presence::Dropped, Presence::Refused("why".into())]
+        {
             let entry = Entry { db: "d".into(), coll: "c".into(), presence, one_lane: true, ddl_through: at(3) };
             let mut stored = entry_fields(&entry);
             stored.insert("_id", doc! {"stream": "a/b", "collection": uuid(CollectionUuid([5; 16]))});

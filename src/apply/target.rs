@@ -135,7 +135,11 @@ pub trait Target: Send + Sync + 'static {
     fn claim(&self, term: Term, workers: usize) -> impl Future<Output = Result<Claim, TargetError>> + Send;
 
     /// Commits changes and lane states in one transaction, or neither.
-    fn commit(&self, worker: usize, transaction: Transaction<'_>) -> impl Future<Output = Result<(), CommitError>> + Send;
+    fn commit(
+        &self,
+        worker: usize,
+        transaction: Transaction<'_>,
+    ) -> impl Future<Output = Result<(), CommitError>> + Send;
 
     /// Which documents of a diverged transaction must be fetched.
     fn examine(

@@ -321,7 +321,10 @@ impl BatchBuilder {
     /// # Panics
     /// `end` is neither, or not past `previous`.
     pub fn finish(self, end: Position) -> Batch {
-        assert!(end > self.previous && (end == self.last || (end > self.last && end.ordinal == 0)), "end {end} of a batch");
+        assert!(
+            end > self.previous && (end == self.last || (end > self.last && end.ordinal == 0)),
+            "end {end} of a batch"
+        );
         let raw_len = self.body.len();
         assert!(raw_len <= MAX_RAW, "batch of {raw_len} bytes");
         let packed = (raw_len >= COMPRESS_FROM)

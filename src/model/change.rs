@@ -179,7 +179,9 @@ impl<'a> Change<'a> {
         }
         match self.op {
             Op::Rename => need(self.to.is_some(), "to")?,
-            Op::CreateIndexes | Op::DropIndexes | Op::Modify => need(self.description.is_some(), "operationDescription")?,
+            Op::CreateIndexes | Op::DropIndexes | Op::Modify => {
+                need(self.description.is_some(), "operationDescription")?
+            }
             _ => {}
         }
         Ok(self)

@@ -15,7 +15,8 @@ impl StreamHash {
     /// The hash after one more change.
     #[must_use]
     pub fn roll(self, position: Position, bytes: &[u8]) -> Self {
-        let seed = self.0.rotate_left(23) ^ position.time.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(position.ordinal);
+        let seed =
+            self.0.rotate_left(23) ^ position.time.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(position.ordinal);
         Self(xxh3_64_with_seed(bytes, seed))
     }
 }

@@ -217,8 +217,12 @@ impl<T: Tail> Capture<T> {
             Phase::Waiting => {}
             Phase::Streaming => tracing::info!("change stream open"),
             Phase::Retrying(reason) => tracing::warn!(reason, "change stream interrupted, retrying"),
-            Phase::Full(reason) => tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped"),
-            Phase::HistoryLost(reason) => tracing::error!(reason, hint = "the target needs a resync", "capture stopped"),
+            Phase::Full(reason) => {
+                tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped")
+            }
+            Phase::HistoryLost(reason) => {
+                tracing::error!(reason, hint = "the target needs a resync", "capture stopped")
+            }
             Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
         }
         self.status.send_modify(|status| status.phase = phase);
@@ -240,7 +244,13 @@ impl<T: Tail> Capture<T> {
         self.stream(&mut chunker, &at, true, cancel).await
     }
 
-    async fn stream(&mut self, chunker: &mut Chunker, at: &StartAt, trimmed: bool, cancel: &CancellationToken) -> Outcome {
+    async fn stream(
+        &mut self,
+        chunker: &mut Chunker,
+        at: &StartAt,
+        trimmed: bool,
+        cancel: &CancellationToken,
+    ) -> Outcome {
         let stream = tokio::select! {
             biased;
             () = cancel.cancelled() => return Outcome::Cancelled,
@@ -286,7 +296,9 @@ impl<T: Tail> Capture<T> {
                     drop(pending.pop_front());
                     result.err().map(|error| Outcome::Ended(EndReason::Outbox(error)))
                 }
-                Step::Reply(None) => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into())))),
+                Step::Reply(None) => {
+                    Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into()))))
+                }
                 Step::Reply(Some(Err(error))) => Some(Outcome::Ended(EndReason::Tail(error))),
                 Step::Reply(Some(Ok(reply))) => {
                     self.enter(Phase::Streaming);
@@ -389,4 +401,3 @@ async fn sleep_or_forever(wait: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
-

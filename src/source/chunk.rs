@@ -85,7 +85,13 @@ pub struct Chunker {
 
 impl Chunker {
     /// Continues a log that ends at `end` with `hash`.
-    pub fn new(incarnation: Incarnation, epoch: Epoch, end: Position, hash: StreamHash, single_change_units: bool) -> Self {
+    pub fn new(
+        incarnation: Incarnation,
+        epoch: Epoch,
+        end: Position,
+        hash: StreamHash,
+        single_change_units: bool,
+    ) -> Self {
         Self { incarnation, epoch, end, hash, single_change_units, token: None }
     }
 
@@ -123,7 +129,8 @@ impl Chunker {
             }
             if builder.len() >= CUT_BYTES {
                 let (token, _) = last.expect("a builder with bytes has a last event");
-                let end = if position.time > builder.last().time { Position::before(position.time) } else { builder.last() };
+                let end =
+                    if position.time > builder.last().time { Position::before(position.time) } else { builder.last() };
                 cuts.push(self.finish(builder, end, token));
                 builder = self.builder();
             }
@@ -178,7 +185,7 @@ fn split_token(event: &RawDocument) -> Result<(&RawDocument, ([u8; 4], &[u8])), 
 
 #[cfg(test)]
 mod tests {
-    use bson::{rawdoc, raw::RawArrayBuf};
+    use bson::{raw::RawArrayBuf, rawdoc};
 
     use super::*;
     use crate::model::ClusterTime;
@@ -211,7 +218,13 @@ mod tests {
     }
 
     fn chunker(single: bool) -> Chunker {
-        Chunker::new(Incarnation([1; 16]), Epoch(1), Position::before(ClusterTime::new(1, 0)), StreamHash::default(), single)
+        Chunker::new(
+            Incarnation([1; 16]),
+            Epoch(1),
+            Position::before(ClusterTime::new(1, 0)),
+            StreamHash::default(),
+            single,
+        )
     }
 
     fn at(seconds: u32) -> ClusterTime {
@@ -246,7 +259,8 @@ mod tests {
         let mut chunker = chunker(true);
         let first = reply(&[event(at(2), 0, false), event(at(3), 0, false)], token_of(at(3), Some(0)));
         chunker.cut(&first).expect("cut");
-        let again = reply(&[event(at(2), 0, false), event(at(3), 0, false), event(at(4), 0, false)], token_of(at(4), Some(0)));
+        let again =
+            reply(&[event(at(2), 0, false), event(at(3), 0, false), event(at(4), 0, false)], token_of(at(4), Some(0)));
         let cuts = chunker.cut(&again).expect("cut");
         assert_eq!(cuts[0].batch.header().count, 1);
         assert_eq!(cuts[0].batch.header().previous, Position::through(at(3)));

@@ -77,7 +77,8 @@ impl Heartbeat {
 
     async fn beat(&self, count: u32) -> Result<(), Failure> {
         if *self.leader.borrow() {
-            let set = doc! {"kind": "heartbeat", "epoch": self.epoch.0 as i64, "at": DateTime::now(), "n": i64::from(count)};
+            let set =
+                doc! {"kind": "heartbeat", "epoch": self.epoch.0 as i64, "at": DateTime::now(), "n": i64::from(count)};
             let statement = doc! {"q": {"_id": self.site.as_str()}, "u": {"$set": set}, "upsert": true};
             let command = doc! {"update": "marks", "updates": [statement]};
             mongo::run_majority(&self.client, "farshore", command, "write a heartbeat mark").await?;

@@ -42,7 +42,13 @@ pub async fn renew(client: &Client, replica_set_id: Option<ObjectId>) -> Result<
     let incarnation = Incarnation::random();
     let set = doc! {"incarnation": Binary { subtype: BinarySubtype::Generic, bytes: incarnation.0.to_vec() }, "replicaSetId": replica_set_id};
     let statement = doc! {"q": {"_id": ID}, "u": {"$set": set}, "upsert": true};
-    mongo::run_majority(client, "farshore", doc! {"update": "site", "updates": [statement]}, "record the source's origin").await?;
+    mongo::run_majority(
+        client,
+        "farshore",
+        doc! {"update": "site", "updates": [statement]},
+        "record the source's origin",
+    )
+    .await?;
     // Two agents may have raced: the stored record decides.
     Ok(load(client).await?.unwrap_or(Origin { incarnation, replica_set_id }))
 }

@@ -44,7 +44,9 @@ impl From<Failure> for TailError {
         let text = failure.to_string();
         match failure.code() {
             Some(code::EVENT_TOO_LARGE) => Self::TooLarge,
-            Some(code::HISTORY_LOST | code::FATAL_CHANGE_STREAM | code::INVALID_RESUME_TOKEN) => Self::HistoryLost(text),
+            Some(code::HISTORY_LOST | code::FATAL_CHANGE_STREAM | code::INVALID_RESUME_TOKEN) => {
+                Self::HistoryLost(text)
+            }
             Some(_) => Self::Refused(text),
             None if failure.is_transient() => Self::Interrupted(text),
             None => Self::Refused(text),

@@ -18,22 +18,22 @@ use farshore_testkit::wait;
 use mongodb::Client;
 
 /// How long a stream may take to catch up with a source at rest.
-pub const CATCH_UP: Duration = Duration::from_secs(120);
+pub(crate) const CATCH_UP: Duration = Duration::from_secs(120);
 
 /// Two sites with running, connected agents.
-pub async fn pair(options: PairOptions) -> Result<Pair> {
+pub(crate) async fn pair(options: PairOptions) -> Result<Pair> {
     let pair = Pair::start(&options).await?;
     pair.wait_ready(Duration::from_secs(60)).await?;
     Ok(pair)
 }
 
 /// A client of the users of a site.
-pub fn client(pair: &mut Pair, side: Side) -> Result<Client> {
+pub(crate) fn client(pair: &mut Pair, side: Side) -> Result<Client> {
     pair.site(side).mongo.client(User::Root)
 }
 
 /// The status of an agent, asked as an operator would.
-pub async fn status(pki: &Pki, agent: &AgentProcess) -> Result<StatusResponse> {
+pub(crate) async fn status(pki: &Pki, agent: &AgentProcess) -> Result<StatusResponse> {
     let operator = pki.identity(Role::Operator, "tester")?;
     let files = TlsFiles {
         certificate: operator.certificate_file.clone(),
@@ -48,7 +48,7 @@ pub async fn status(pki: &Pki, agent: &AgentProcess) -> Result<StatusResponse> {
 }
 
 /// The status of the stream north/south at the agent of south that leads.
-pub async fn stream(pair: &Pair) -> Result<StreamStatus> {
+pub(crate) async fn stream(pair: &Pair) -> Result<StreamStatus> {
     let mut said = String::new();
     for agent in &pair.south.agents {
         match status(&pair.pki, agent).await {
@@ -61,7 +61,7 @@ pub async fn stream(pair: &Pair) -> Result<StreamStatus> {
 }
 
 /// A cluster time of the source at or past everything written so far.
-pub async fn now_at(source: &Client) -> Result<ClusterTime> {
+pub(crate) async fn now_at(source: &Client) -> Result<ClusterTime> {
     let statement = doc! {"q": {"_id": "now"}, "u": {"$inc": {"n": 1}}, "upsert": true};
     let command = doc! {"update": "test", "updates": [statement], "writeConcern": {"w": "majority"}};
     let reply = source.database("farshore").run_command(command).await?;
@@ -70,7 +70,7 @@ pub async fn now_at(source: &Client) -> Result<ClusterTime> {
 }
 
 /// Waits until the target has applied everything the source has now.
-pub async fn caught_up(pair: &mut Pair) -> Result<()> {
+pub(crate) async fn caught_up(pair: &mut Pair) -> Result<()> {
     let source = client(pair, Side::North)?;
     let now = wait::until("the source to take a write", CATCH_UP, || async { now_at(&source).await }).await?;
     let pair = &*pair;
@@ -86,7 +86,7 @@ pub async fn caught_up(pair: &mut Pair) -> Result<()> {
 }
 
 /// Waits until both sites hold the same and says how much that is.
-pub async fn equal(pair: &mut Pair, options: &compare::Options) -> Result<Comparison> {
+pub(crate) async fn equal(pair: &mut Pair, options: &compare::Options) -> Result<Comparison> {
     caught_up(pair).await?;
     let (north, south) = (client(pair, Side::North)?, client(pair, Side::South)?);
     let comparison = compare::compare(&north, &south, options).await?;

@@ -44,12 +44,7 @@ impl AgentProcess {
         let folder = Scratch::new(&format!("agent-{}", config.site()))?;
         config.write(folder.path())?;
         let process = spawn(&binary, &config, folder.path())?;
-        Ok(Self {
-            binary,
-            config,
-            process,
-            folder,
-        })
+        Ok(Self { binary, config, process, folder })
     }
 
     /// Its configuration; changes take effect with [`Self::restart`].
@@ -154,23 +149,14 @@ impl AgentProcess {
                     return Ok(Some(status));
                 }
                 let reply = get(admin, "/readyz").await?;
-                ensure!(
-                    reply.status == 200,
-                    "/readyz says {} {}",
-                    reply.status,
-                    reply.body.trim()
-                );
+                ensure!(reply.status == 200, "/readyz says {} {}", reply.status, reply.body.trim());
                 anyhow::Ok(None)
             }
         })
         .await?;
         match ended {
             None => Ok(()),
-            Some(status) => bail!(
-                "agent {} ended with {status}: {}",
-                self.config.site(),
-                self.log_tail()
-            ),
+            Some(status) => bail!("agent {} ended with {status}: {}", self.config.site(), self.log_tail()),
         }
     }
 
@@ -195,9 +181,7 @@ impl AgentProcess {
     /// An error naming the first line of level ERROR, or of a panic, that holds none of the `expected` texts.
     pub fn check_log(&self, expected: &[&str]) -> Result<()> {
         let log = self.log()?;
-        let unexpected = log
-            .lines()
-            .find(|line| is_error(line) && !expected.iter().any(|text| line.contains(text)));
+        let unexpected = log.lines().find(|line| is_error(line) && !expected.iter().any(|text| line.contains(text)));
         match unexpected {
             Some(line) => bail!("agent {} logged: {line}", self.config.site()),
             None => Ok(()),
@@ -219,24 +203,13 @@ fn is_error(line: &str) -> bool {
             .and_then(|level| level.as_str())
             .is_some_and(|level| level.eq_ignore_ascii_case("error"));
     }
-    line.split_ascii_whitespace()
-        .take(3)
-        .any(|word| word == "ERROR")
-        || line.contains("panicked at")
+    line.split_ascii_whitespace().take(3).any(|word| word == "ERROR") || line.contains("panicked at")
 }
 
 fn spawn(binary: &Path, config: &AgentConfig, folder: &Path) -> Result<Process> {
     let mut command = Command::new(binary);
-    command
-        .arg("agent")
-        .arg("--config")
-        .arg(config::file(folder))
-        .env_remove("RUST_LOG");
-    Process::spawn(
-        &format!("agent of {}", config.site()),
-        &mut command,
-        &folder.join("agent.log"),
-    )
+    command.arg("agent").arg("--config").arg(config::file(folder)).env_remove("RUST_LOG");
+    Process::spawn(&format!("agent of {}", config.site()), &mut command, &folder.join("agent.log"))
 }
 
 /// `FARSHORE_BIN`, or `farshore` in the folder above the test executable's.
@@ -245,18 +218,8 @@ pub fn binary() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let this = std::env::current_exe().context("find the test executable")?;
-    let found = this
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|folder| folder.join("farshore"))
-        .find(|path| path.is_file());
-    found.with_context(|| {
-        format!(
-            "no farshore beside {}: build it, or set FARSHORE_BIN",
-            this.display()
-        )
-    })
+    let found = this.ancestors().skip(1).take(2).map(|folder| folder.join("farshore")).find(|path| path.is_file());
+    found.with_context(|| format!("no farshore beside {}: build it, or set FARSHORE_BIN", this.display()))
 }
 
 #[cfg(test)]
@@ -265,18 +228,10 @@ mod tests {
 
     #[test]
     fn errors_are_found_in_json_and_text_logs_and_only_they() {
-        assert!(is_error(
-            r#"{"timestamp":"2025-11-20T21:00:00Z","level":"ERROR","message":"outbox full"}"#
-        ));
-        assert!(is_error(
-            "2025-11-20T21:00:00Z ERROR farshore::outbox: full"
-        ));
+        assert!(is_error(r#"{"timestamp":"2025-11-20T21:00:00Z","level":"ERROR","message":"outbox full"}"#));
+        assert!(is_error("2025-11-20T21:00:00Z ERROR farshore::outbox: full"));
         assert!(is_error("thread 'main' panicked at src/main.rs:1:1:"));
-        assert!(!is_error(
-            r#"{"level":"INFO","message":"ERROR is only a word here"}"#
-        ));
-        assert!(!is_error(
-            "2025-11-20T21:00:00Z INFO farshore::outbox: no ERROR at all"
-        ));
+        assert!(!is_error(r#"{"level":"INFO","message":"ERROR is only a word here"}"#));
+        assert!(!is_error("2025-11-20T21:00:00Z INFO farshore::outbox: no ERROR at all"));
     }
 }

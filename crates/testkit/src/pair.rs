@@ -73,13 +73,7 @@ pub struct PairOptions {
 
 impl Default for PairOptions {
     fn default() -> Self {
-        Self {
-            sets: Sets::Warm(Warm::One),
-            agents: 1,
-            dialler: None,
-            between: Between::Nothing,
-            settings: Vec::new(),
-        }
+        Self { sets: Sets::Warm(Warm::One), agents: 1, dialler: None, between: Between::Nothing, settings: Vec::new() }
     }
 }
 
@@ -117,31 +111,14 @@ impl Pair {
         // What each side dials lies behind proxies of its own.
         let dialled_by_north = link.lay(options, Side::South, &south, &pki).await?;
         let dialled_by_south = link.lay(options, Side::North, &north, &pki).await?;
-        for (configs, peer, addresses) in [
-            (&mut north, Side::South, dialled_by_north),
-            (&mut south, Side::North, dialled_by_south),
-        ] {
-            *configs = std::mem::take(configs)
-                .into_iter()
-                .map(|config| config.peer(peer.name(), &addresses))
-                .collect();
+        for (configs, peer, addresses) in
+            [(&mut north, Side::South, dialled_by_north), (&mut south, Side::North, dialled_by_south)]
+        {
+            *configs = std::mem::take(configs).into_iter().map(|config| config.peer(peer.name(), &addresses)).collect();
         }
-        let north = Site {
-            side: Side::North,
-            mongo: north_set,
-            agents: start(north)?,
-        };
-        let south = Site {
-            side: Side::South,
-            mongo: south_set,
-            agents: start(south)?,
-        };
-        Ok(Self {
-            north,
-            south,
-            link,
-            pki,
-        })
+        let north = Site { side: Side::North, mongo: north_set, agents: start(north)? };
+        let south = Site { side: Side::South, mongo: south_set, agents: start(south)? };
+        Ok(Self { north, south, link, pki })
     }
 
     /// A site by name of its side.
@@ -214,17 +191,13 @@ impl Link {
         for (_, proxy) in &self.grpc {
             proxy.cut();
         }
-        try_join_all(self.tcp.iter().map(|(_, proxy)| proxy.cut()))
-            .await
-            .context("cut the link")?;
+        try_join_all(self.tcp.iter().map(|(_, proxy)| proxy.cut())).await.context("cut the link")?;
         Ok(())
     }
 
     /// Ends cuts and holds.
     pub async fn heal(&self) -> Result<()> {
-        try_join_all(self.tcp.iter().map(|(_, proxy)| proxy.heal()))
-            .await
-            .context("heal the link")?;
+        try_join_all(self.tcp.iter().map(|(_, proxy)| proxy.heal())).await.context("heal the link")?;
         Ok(())
     }
 
@@ -251,10 +224,7 @@ impl Link {
 
     /// Bytes that arrived at a site through TCP proxies.
     pub fn bytes(&self, towards: Side) -> u64 {
-        self.tcp
-            .iter()
-            .map(|(dialled, proxy)| proxy.bytes(direction(*dialled, towards)))
-            .sum()
+        self.tcp.iter().map(|(dialled, proxy)| proxy.bytes(direction(*dialled, towards))).sum()
     }
 
     /// Faults of the frames towards a site.
@@ -266,10 +236,7 @@ impl Link {
 
     /// What has happened to the frames towards a site, one entry for each gRPC proxy.
     pub fn counts(&self, towards: Side) -> Vec<Counts> {
-        self.grpc
-            .iter()
-            .map(|(dialled, proxy)| proxy.counts(direction(*dialled, towards)))
-            .collect()
+        self.grpc.iter().map(|(dialled, proxy)| proxy.counts(direction(*dialled, towards))).collect()
     }
 
     /// Puts proxies before the agents of `dialled`; returns where the other site dials, nothing when it does not.
@@ -308,9 +275,5 @@ impl Link {
 }
 
 fn direction(dialled: Side, towards: Side) -> Direction {
-    if dialled == towards {
-        Direction::Forward
-    } else {
-        Direction::Back
-    }
+    if dialled == towards { Direction::Forward } else { Direction::Back }
 }

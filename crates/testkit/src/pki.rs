@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -76,25 +76,15 @@ impl Pki {
     /// A new CA for the trust domain; two calls give two CAs that do not trust each other.
     pub fn new(domain: &str) -> Result<Self> {
         let mut params = CertificateParams::default();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, format!("{domain} test CA"));
+        params.distinguished_name.push(DnType::CommonName, format!("{domain} test CA"));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![
-            KeyUsagePurpose::KeyCertSign,
-            KeyUsagePurpose::CrlSign,
-            KeyUsagePurpose::DigitalSignature,
-        ];
+        params.key_usages =
+            vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
         let now = SystemTime::now();
         params.not_before = (now - DAY).into();
         params.not_after = (now + 3650 * DAY).into();
         let ca = CertifiedIssuer::self_signed(params, KeyPair::generate()?).context("make a CA")?;
-        Ok(Self {
-            domain: domain.to_owned(),
-            ca,
-            issued: AtomicU64::new(0),
-            folder: Scratch::new("pki")?,
-        })
+        Ok(Self { domain: domain.to_owned(), ca, issued: AtomicU64::new(0), folder: Scratch::new("pki")? })
     }
 
     /// Another CA that says the same names: nobody of this fleet may trust it.
@@ -156,10 +146,7 @@ impl Pki {
         both.extend(fs::read(&identity.key_file).context("read the key")?);
         let certificate_key_file = identity.key_file.with_file_name("certificate-and-key.pem");
         write(&certificate_key_file, &both, 0o600)?;
-        Ok(ServerFiles {
-            certificate_key_file,
-            ca_file: identity.ca_file,
-        })
+        Ok(ServerFiles { certificate_key_file, ca_file: identity.ca_file })
     }
 
     fn uri(&self, role: Role, name: &str) -> String {
@@ -182,35 +169,20 @@ impl Pki {
 
     fn issue(&self, identity: &Identity, not_after: SystemTime) -> Result<()> {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;
-        params
-            .subject_alt_names
-            .push(SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+        params.subject_alt_names.push(SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)));
         if let Some(uri) = &identity.uri {
-            params
-                .subject_alt_names
-                .push(SanType::URI(uri.as_str().try_into()?));
+            params.subject_alt_names.push(SanType::URI(uri.as_str().try_into()?));
         }
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "farshore test");
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.distinguished_name.push(DnType::CommonName, "farshore test");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
         params.not_before = (not_after.min(SystemTime::now()) - DAY).into();
         params.not_after = not_after.into();
         let key = KeyPair::generate()?;
-        let certificate = params
-            .signed_by(&key, &self.ca)
-            .context("issue a certificate")?;
+        let certificate = params.signed_by(&key, &self.ca).context("issue a certificate")?;
         write(&identity.key_file, key.serialize_pem().as_bytes(), 0o600)?;
-        write(
-            &identity.certificate_file,
-            certificate.pem().as_bytes(),
-            0o644,
-        )
+        write(&identity.certificate_file, certificate.pem().as_bytes(), 0o644)
     }
 }
 
@@ -224,8 +196,7 @@ impl Identity {
     pub fn server_config(&self) -> Result<Arc<ServerConfig>> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let roots = Arc::new(self.roots()?);
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build()?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build()?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_client_cert_verifier(verifier)
@@ -236,9 +207,7 @@ impl Identity {
 
     /// Settings of an HTTP/2 client that shows its certificate.
     pub fn client_config(&self) -> Result<Arc<ClientConfig>> {
-        let mut config = self
-            .client_builder()?
-            .with_client_auth_cert(self.chain()?, self.key()?)?;
+        let mut config = self.client_builder()?.with_client_auth_cert(self.chain()?, self.key()?)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Arc::new(config))
     }
@@ -250,12 +219,9 @@ impl Identity {
         Ok(Arc::new(config))
     }
 
-    fn client_builder(
-        &self,
-    ) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>> {
+    fn client_builder(&self) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder =
-            ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
         Ok(builder.with_root_certificates(self.roots()?))
     }
 
@@ -264,8 +230,7 @@ impl Identity {
     }
 
     fn key(&self) -> Result<PrivateKeyDer<'static>> {
-        PrivateKeyDer::from_pem_file(&self.key_file)
-            .with_context(|| format!("read {}", self.key_file.display()))
+        PrivateKeyDer::from_pem_file(&self.key_file).with_context(|| format!("read {}", self.key_file.display()))
     }
 
     fn roots(&self) -> Result<RootCertStore> {
@@ -279,10 +244,8 @@ impl Identity {
 
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let context = || format!("read {}", file.display());
-    let found: Vec<_> = CertificateDer::pem_file_iter(file)
-        .with_context(context)?
-        .collect::<Result<_, _>>()
-        .with_context(context)?;
+    let found: Vec<_> =
+        CertificateDer::pem_file_iter(file).with_context(context)?.collect::<Result<_, _>>().with_context(context)?;
     if found.is_empty() {
         bail!("{} holds no certificate", file.display());
     }
@@ -294,12 +257,7 @@ pub(crate) fn write(file: &Path, text: &[u8], mode: u32) -> Result<()> {
     let context = || format!("write {}", file.display());
     let temp = file.with_extension("new");
     let _ = fs::remove_file(&temp);
-    let mut open = OpenOptions::new()
-        .create_new(true)
-        .write(true)
-        .mode(mode)
-        .open(&temp)
-        .with_context(context)?;
+    let mut open = OpenOptions::new().create_new(true).write(true).mode(mode).open(&temp).with_context(context)?;
     open.write_all(text).with_context(context)?;
     fs::rename(&temp, file).with_context(context)
 }

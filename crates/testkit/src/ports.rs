@@ -41,10 +41,7 @@ impl Port {
                 Err(TryLockError::Error(error)) => return Err(error).context("lock a port"),
             }
             if TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok() {
-                return Ok(Self {
-                    number,
-                    _lock: lock,
-                });
+                return Ok(Self { number, _lock: lock });
             }
         }
         bail!("no free port between {} and {}", RANGE.start, RANGE.end)
@@ -83,11 +80,8 @@ mod tests {
 
     #[test]
     fn no_port_is_handed_out_twice() {
-        let threads: Vec<_> = (0..8)
-            .map(|_| {
-                std::thread::spawn(|| (0..50).map(|_| Port::take()).collect::<Result<Vec<_>>>())
-            })
-            .collect();
+        let threads: Vec<_> =
+            (0..8).map(|_| std::thread::spawn(|| (0..50).map(|_| Port::take()).collect::<Result<Vec<_>>>())).collect();
         let mut held = Vec::new();
         for thread in threads {
             held.extend(thread.join().expect("takes ports").expect("ports are free"));

@@ -58,13 +58,7 @@ impl Process {
             .spawn()
             .with_context(|| format!("start {name} ({})", command.get_program().display()))?;
         let pid = child.id();
-        let process = Self {
-            name: name.to_owned(),
-            log: log.to_owned(),
-            pid,
-            child: Some(child),
-            status: None,
-        };
+        let process = Self { name: name.to_owned(), log: log.to_owned(), pid, child: Some(child), status: None };
         scratch::watch(pid)?;
         Ok(process)
     }
@@ -114,14 +108,8 @@ impl Process {
             return Ok(());
         };
         scratch::unwatch(self.pid);
-        child
-            .kill()
-            .with_context(|| format!("kill {}", self.name))?;
-        self.status = Some(
-            child
-                .wait()
-                .with_context(|| format!("wait for {}", self.name))?,
-        );
+        child.kill().with_context(|| format!("kill {}", self.name))?;
+        self.status = Some(child.wait().with_context(|| format!("wait for {}", self.name))?);
         Ok(())
     }
 
@@ -144,9 +132,7 @@ impl Process {
         let Some(child) = &mut self.child else {
             return Ok(self.status);
         };
-        let status = child
-            .try_wait()
-            .with_context(|| format!("wait for {}", self.name))?;
+        let status = child.try_wait().with_context(|| format!("wait for {}", self.name))?;
         if status.is_some() {
             scratch::unwatch(self.pid);
             self.child = None;
@@ -161,9 +147,7 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
-        let Some(child) = &self.child else {
-            bail!("{} has ended", self.name)
-        };
+        let Some(child) = &self.child else { bail!("{} has ended", self.name) };
         let pid = Pid::from_child(child);
         kill_process(pid, signal).with_context(|| format!("signal {}", self.name))
     }
@@ -176,12 +160,7 @@ impl Drop for Process {
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();
             let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
-            eprintln!(
-                "--- end of {} ({}):\n{}",
-                self.log.display(),
-                self.name,
-                tail.join("\n")
-            );
+            eprintln!("--- end of {} ({}):\n{}", self.log.display(), self.name, tail.join("\n"));
         }
         if let Err(error) = self.kill9() {
             eprintln!("{error:#}");
@@ -191,24 +170,16 @@ impl Drop for Process {
 
 /// CPU time and memory of a running process.
 pub fn usage(pid: u32) -> Result<Usage> {
-    let stat =
-        fs::read_to_string(format!("/proc/{pid}/stat")).context("read the process's stat")?;
-    let status =
-        fs::read_to_string(format!("/proc/{pid}/status")).context("read the process's status")?;
-    Ok(Usage {
-        cpu: cpu_of(&stat)?,
-        rss: kib(&status, "VmRSS:")?,
-        peak_rss: kib(&status, "VmHWM:")?,
-    })
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("read the process's stat")?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("read the process's status")?;
+    Ok(Usage { cpu: cpu_of(&stat)?, rss: kib(&status, "VmRSS:")?, peak_rss: kib(&status, "VmHWM:")? })
 }
 
 fn is_stopped(pid: u32) -> Result<bool> {
     for thread in fs::read_dir(format!("/proc/{pid}/task")).context("list the process's threads")? {
         // A thread that has ended meanwhile has no state.
         let stat = thread.and_then(|thread| fs::read_to_string(thread.path().join("stat")));
-        let state = stat
-            .ok()
-            .and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+        let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
         if state.is_some_and(|state| state != 'T') {
             return Ok(false);
         }
@@ -218,29 +189,21 @@ fn is_stopped(pid: u32) -> Result<bool> {
 
 fn cpu_of(stat: &str) -> Result<Duration> {
     // The second field is the program's name in parentheses and may hold anything; utime and stime are 14 and 15.
-    let (_, rest) = stat
-        .rsplit_once(')')
-        .context("read the process's stat: no name in it")?;
+    let (_, rest) = stat.rsplit_once(')').context("read the process's stat: no name in it")?;
     let ticks: u64 = rest
         .split_ascii_whitespace()
         .skip(11)
         .take(2)
         .map(|field| field.parse::<u64>().context("read the process's times"))
         .sum::<Result<u64>>()?;
-    Ok(Duration::from_millis(
-        ticks * 1000 / rustix::param::clock_ticks_per_second(),
-    ))
+    Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
 }
 
 fn kib(status: &str, key: &str) -> Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(key));
-    let line =
-        line.with_context(|| format!("read the process's status: no {key} (has it ended?)"))?;
+    let line = line.with_context(|| format!("read the process's status: no {key} (has it ended?)"))?;
     let number = line.trim().trim_end_matches("kB").trim();
-    Ok(number
-        .parse::<u64>()
-        .with_context(|| format!("read {key} {number}"))?
-        * 1024)
+    Ok(number.parse::<u64>().with_context(|| format!("read {key} {number}"))? * 1024)
 }
 
 #[cfg(test)]
@@ -266,14 +229,8 @@ mod tests {
         let mut process = shell("echo out; echo err >&2; exit 3", &scratch);
         let status = process.wait(Duration::from_secs(5)).await.expect("ends");
         assert_eq!(status.code(), Some(3));
-        assert_eq!(
-            fs::read_to_string(process.log()).expect("a log"),
-            "out\nerr\n"
-        );
-        assert!(
-            process.terminate().is_err(),
-            "its id may belong to another process by now"
-        );
+        assert_eq!(fs::read_to_string(process.log()).expect("a log"), "out\nerr\n");
+        assert!(process.terminate().is_err(), "its id may belong to another process by now");
     }
 
     #[tokio::test]
@@ -287,19 +244,11 @@ mod tests {
         let before = process.usage().expect("it runs");
         let busy = || async {
             let now = usage(pid)?;
-            anyhow::ensure!(
-                now.cpu >= before.cpu + Duration::from_millis(20),
-                "used {now:?}"
-            );
+            anyhow::ensure!(now.cpu >= before.cpu + Duration::from_millis(20), "used {now:?}");
             anyhow::Ok(())
         };
-        wait::until("CPU time", Duration::from_secs(10), busy)
-            .await
-            .expect("goes on");
-        assert!(
-            before.peak_rss >= before.rss && before.rss > 0,
-            "{before:?}"
-        );
+        wait::until("CPU time", Duration::from_secs(10), busy).await.expect("goes on");
+        assert!(before.peak_rss >= before.rss && before.rss > 0, "{before:?}");
         drop(process);
         assert_eq!(state(pid), None);
     }

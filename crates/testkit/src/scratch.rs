@@ -64,10 +64,7 @@ impl Reaper {
             .spawn()
             .context("start the reaper")?;
         let orders = shell.stdin.take().expect("stdin is piped");
-        Ok(Self {
-            root,
-            orders: Mutex::new(orders),
-        })
+        Ok(Self { root, orders: Mutex::new(orders) })
     }
 
     fn get() -> Result<&'static Self> {
@@ -112,10 +109,7 @@ impl Scratch {
             .tempdir_in(&Reaper::get()?.root)
             .context("make a scratch folder")?;
         let path = folder.path().to_path_buf();
-        Ok(Self {
-            folder: Some(folder),
-            path,
-        })
+        Ok(Self { folder: Some(folder), path })
     }
 
     /// Where it is.

@@ -45,13 +45,7 @@ mod tests {
         let value = until("three looks", Duration::from_secs(5), || {
             looks += 1;
             let looks = looks;
-            async move {
-                if looks == 3 {
-                    Ok(looks)
-                } else {
-                    Err("not yet")
-                }
-            }
+            async move { if looks == 3 { Ok(looks) } else { Err("not yet") } }
         })
         .await;
         assert_eq!(value.expect("holds at the third look"), 3);
@@ -68,18 +62,13 @@ mod tests {
         .await
         .expect_err("never holds");
         let text = error.to_string();
-        assert!(
-            text.contains("the impossible") && text.contains("last seen: look "),
-            "{text}"
-        );
+        assert!(text.contains("the impossible") && text.contains("last seen: look "), "{text}");
     }
 
     #[tokio::test]
     async fn a_hanging_look_does_not_outlive_the_deadline() {
         let hang = || std::future::pending::<Result<(), String>>();
-        let error = until("an answer", Duration::from_millis(50), hang)
-            .await
-            .expect_err("hangs");
+        let error = until("an answer", Duration::from_millis(50), hang).await.expect_err("hangs");
         assert!(error.to_string().contains("did not come back"), "{error}");
     }
 }

@@ -31,20 +31,13 @@ async fn logged(agent: &AgentProcess, text: &str) -> Result<()> {
 
 #[tokio::test]
 async fn the_configuration_holds_everything_but_secrets() -> Result<()> {
-    let (mongo, pki, scratch) = (
-        ReplicaSet::warm(Warm::One).await?,
-        Pki::new("farshore")?,
-        Scratch::new("stub")?,
-    );
+    let (mongo, pki, scratch) = (ReplicaSet::warm(Warm::One).await?, Pki::new("farshore")?, Scratch::new("stub")?);
     let mut config = AgentConfig::new("south", "north", &mongo, &pki)?;
     let peer = config.link_address();
     config = config.peer("north", &[peer]);
     config.set("apply", "workers", "8");
     config.append("[log]\nlevel = \"debug\"");
-    let agent = AgentProcess::start_binary(
-        script(&scratch, r#"cat "$3"; echo end; exec sleep 600"#)?,
-        config,
-    )?;
+    let agent = AgentProcess::start_binary(script(&scratch, r#"cat "$3"; echo end; exec sleep 600"#)?, config)?;
     logged(&agent, "end\n").await?;
     let log = agent.log()?;
     for line in [
@@ -66,36 +59,19 @@ async fn the_configuration_holds_everything_but_secrets() -> Result<()> {
 
 #[tokio::test]
 async fn is_ended_and_started_again_and_its_errors_are_found() -> Result<()> {
-    let (mongo, pki, scratch) = (
-        ReplicaSet::warm(Warm::One).await?,
-        Pki::new("farshore")?,
-        Scratch::new("stub")?,
-    );
-    let binary = script(
-        &scratch,
-        "trap 'echo staged; exit 7' TERM\necho up\nwhile :; do sleep 0.02; done",
-    )?;
-    let mut agent =
-        AgentProcess::start_binary(binary, AgentConfig::new("north", "north", &mongo, &pki)?)?;
+    let (mongo, pki, scratch) = (ReplicaSet::warm(Warm::One).await?, Pki::new("farshore")?, Scratch::new("stub")?);
+    let binary = script(&scratch, "trap 'echo staged; exit 7' TERM\necho up\nwhile :; do sleep 0.02; done")?;
+    let mut agent = AgentProcess::start_binary(binary, AgentConfig::new("north", "north", &mongo, &pki)?)?;
     logged(&agent, "up\n").await?;
-    ensure!(
-        agent.wait_ready(Duration::from_millis(100)).await.is_err(),
-        "a script that serves nothing is ready"
-    );
+    ensure!(agent.wait_ready(Duration::from_millis(100)).await.is_err(), "a script that serves nothing is ready");
     ensure!(agent.term().await?.code() == Some(7));
     agent.check_log(&[])?;
 
-    script(
-        &scratch,
-        r#"echo '{"level":"ERROR","message":"disk full"}'; exit 3"#,
-    )?;
+    script(&scratch, r#"echo '{"level":"ERROR","message":"disk full"}'; exit 3"#)?;
     agent.restart()?;
     let ended = agent.wait_ready(SOON).await.expect_err("the script ends");
     ensure!(ended.to_string().contains("disk full"), "{ended}");
-    ensure!(
-        agent.log()?.starts_with("up\nstaged\n"),
-        "the log starts anew"
-    );
+    ensure!(agent.log()?.starts_with("up\nstaged\n"), "the log starts anew");
     ensure!(agent.check_log(&[]).is_err());
     agent.check_log(&["disk full"])
 }

@@ -26,16 +26,8 @@ fn binary() -> Result<PathBuf> {
 }
 
 fn find(directory: &Path, depth: u32) -> Option<PathBuf> {
-    let entries: Vec<_> = directory
-        .read_dir()
-        .ok()?
-        .flatten()
-        .map(|e| e.path())
-        .collect();
-    let here = entries
-        .iter()
-        .find(|path| path.ends_with("mongod") && path.is_file())
-        .cloned();
+    let entries: Vec<_> = directory.read_dir().ok()?.flatten().map(|e| e.path()).collect();
+    let here = entries.iter().find(|path| path.ends_with("mongod") && path.is_file()).cloned();
     here.or_else(|| {
         let below = entries.iter().filter(|path| path.is_dir() && depth > 0);
         below.into_iter().find_map(|path| find(path, depth - 1))
@@ -69,16 +61,10 @@ impl Mongod {
             "_id": "rs", "members": [{ "_id": 0, "host": member }],
             "settings": { "electionTimeoutMillis": 1000 },
         };
-        client
-            .database("admin")
-            .run_command(doc! { "replSetInitiate": config })
-            .await?;
+        client.database("admin").run_command(doc! { "replSetInitiate": config }).await?;
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
-            let hello = client
-                .database("admin")
-                .run_command(doc! { "hello": 1 })
-                .await?;
+            let hello = client.database("admin").run_command(doc! { "hello": 1 }).await?;
             if hello.get_bool("isWritablePrimary").unwrap_or(false) {
                 break;
             }
@@ -91,19 +77,9 @@ impl Mongod {
 
     fn spawn(binary: &Path, data: &Path, port: u16) -> Result<Child> {
         Command::new(binary)
-            .args([
-                "--replSet",
-                "rs",
-                "--bind_ip",
-                "127.0.0.1",
-                "--wiredTigerCacheSizeGB",
-                "0.25",
-            ])
+            .args(["--replSet", "rs", "--bind_ip", "127.0.0.1", "--wiredTigerCacheSizeGB", "0.25"])
             .args(["--port", &port.to_string()])
-            .args([
-                "--setParameter",
-                "shutdownTimeoutMillisForSignaledShutdown=0",
-            ])
+            .args(["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=0"])
             .arg("--dbpath")
             .arg(data)
             .arg("--logpath")
@@ -122,11 +98,7 @@ impl Mongod {
     }
 
     fn uri(&self, direct: bool) -> String {
-        let tail = if direct {
-            "directConnection=true"
-        } else {
-            "replicaSet=rs"
-        };
+        let tail = if direct { "directConnection=true" } else { "replicaSet=rs" };
         format!("mongodb://127.0.0.1:{}/?{tail}", self.port)
     }
 }
@@ -139,19 +111,11 @@ struct Pair {
 
 async fn pair() -> Result<Pair> {
     let ((left, a), (right, b)) = tokio::try_join!(Mongod::start(), Mongod::start())?;
-    Ok(Pair {
-        a,
-        b,
-        _servers: (left, right),
-    })
+    Ok(Pair { a, b, _servers: (left, right) })
 }
 
 fn kinds(comparison: &Comparison) -> Vec<&'static str> {
-    comparison
-        .differences
-        .iter()
-        .map(|difference| difference.kind.name())
-        .collect()
+    comparison.differences.iter().map(|difference| difference.kind.name()).collect()
 }
 
 async fn both(pair: &Pair, db: &str, command: Document) -> Result<()> {
@@ -171,18 +135,12 @@ async fn planted(pair: &Pair, name: &str, setup: &[Document], change: Document) 
     let before = compare::compare(&pair.a, &pair.b, &options).await?;
     ensure!(before.is_equal(), "{name} before: {before}");
     let digests = compare::digest(&pair.a, &options).await?;
-    ensure!(
-        digests == compare::digest(&pair.b, &options).await?,
-        "{name}: digests before"
-    );
+    ensure!(digests == compare::digest(&pair.b, &options).await?, "{name}: digests before");
     pair.b.database(&db).run_command(change).await?;
     let after = compare::compare(&pair.a, &pair.b, &options).await?;
     ensure!(kinds(&after) == [name], "planted {name}, found {after}");
     ensure!(after.to_string().contains(&db), "no namespace in {after}");
-    ensure!(
-        digests != compare::digest(&pair.b, &options).await?,
-        "{name}: digests after"
-    );
+    ensure!(digests != compare::digest(&pair.b, &options).await?, "{name}: digests after");
     println!("{after}");
     Ok(())
 }
@@ -194,16 +152,9 @@ async fn every_kind_of_difference_is_named() -> Result<()> {
     let insert = doc! { "insert": "c", "documents": [
         { "_id": 1, "x": 1, "y": { "p": 1, "q": 2 } }, { "_id": "k", "x": 2 }, { "_id": f64::NAN },
     ] };
-    let set =
-        |id: i32, u: Document| doc! { "update": "c", "updates": [{ "q": { "_id": id }, "u": u }] };
+    let set = |id: i32, u: Document| doc! { "update": "c", "updates": [{ "q": { "_id": id }, "u": u }] };
     let data = [insert.clone()];
-    planted(
-        p,
-        "document different",
-        &data,
-        set(1, doc! { "$set": { "x": 1.0 } }),
-    )
-    .await?;
+    planted(p, "document different", &data, set(1, doc! { "$set": { "x": 1.0 } })).await?;
     let reordered = doc! { "x": 1, "y": { "q": 2, "p": 1 } };
     planted(p, "document field order", &data, set(1, reordered)).await?;
     let delete = doc! { "delete": "c", "deletes": [{ "q": { "_id": "k" }, "limit": 1 }] };
@@ -225,23 +176,14 @@ async fn every_kind_of_difference_is_named() -> Result<()> {
             { "key": { "x": 1 }, "name": "i", "expireAfterSeconds": 1_000_000_000 }
         ] },
     ];
-    planted(
-        p,
-        "index missing",
-        &indexed,
-        doc! { "dropIndexes": "c", "index": "i" },
-    )
-    .await?;
-    let expire =
-        doc! { "collMod": "c", "index": { "name": "i", "expireAfterSeconds": 999_999_999 } };
+    planted(p, "index missing", &indexed, doc! { "dropIndexes": "c", "index": "i" }).await?;
+    let expire = doc! { "collMod": "c", "index": { "name": "i", "expireAfterSeconds": 999_999_999 } };
     planted(p, "index different", &indexed, expire).await?;
 
     let validator = doc! { "collMod": "c", "validator": { "x": { "$gt": 0 } } };
     planted(p, "options", &data, validator).await?;
-    let capped = [
-        doc! { "create": "c", "capped": true, "size": 100_000 },
-        doc! { "insert": "c", "documents": [{ "_id": 1 }] },
-    ];
+    let capped =
+        [doc! { "create": "c", "capped": true, "size": 100_000 }, doc! { "insert": "c", "documents": [{ "_id": 1 }] }];
     let option = doc! { "insert": "c", "documents": [{ "_id": 2 }] };
     for command in &capped {
         both(p, "capped_order", command.clone()).await?;
@@ -249,10 +191,7 @@ async fn every_kind_of_difference_is_named() -> Result<()> {
     let three = doc! { "insert": "c", "documents": [{ "_id": 3 }] };
     for (client, first, second) in [(&p.a, &option, &three), (&p.b, &three, &option)] {
         for command in [first, second] {
-            client
-                .database("capped_order")
-                .run_command(command.clone())
-                .await?;
+            client.database("capped_order").run_command(command.clone()).await?;
         }
     }
     let options = Options::for_databases("capped_order");
@@ -265,78 +204,47 @@ async fn every_kind_of_difference_is_named() -> Result<()> {
 #[tokio::test]
 async fn views_ids_and_limits() -> Result<()> {
     let pair = pair().await?;
-    for (client, n, id) in [
-        (&pair.a, 1, bson::Bson::Int32(7)),
-        (&pair.b, 2, bson::Bson::Double(7.0)),
-    ] {
+    for (client, n, id) in [(&pair.a, 1, bson::Bson::Int32(7)), (&pair.b, 2, bson::Bson::Double(7.0))] {
         let db = client.database("v");
         let pipeline = vec![doc! { "$match": { "x": n } }];
-        db.run_command(doc! { "create": "view", "viewOn": "c", "pipeline": pipeline })
-            .await?;
-        db.run_command(doc! { "insert": "ids", "documents": [{ "_id": id }, { "_id": "same" }] })
-            .await?;
+        db.run_command(doc! { "create": "view", "viewOn": "c", "pipeline": pipeline }).await?;
+        db.run_command(doc! { "insert": "ids", "documents": [{ "_id": id }, { "_id": "same" }] }).await?;
         let many: Vec<_> = (0..200).map(|i| doc! { "_id": i, "x": i * n }).collect();
-        db.run_command(doc! { "insert": "many", "documents": many })
-            .await?;
+        db.run_command(doc! { "insert": "many", "documents": many }).await?;
         let raw = rawdoc! { "create": "ci", "collation": { "locale": "en", "strength": 2 } };
         db.run_raw_command(raw).await?;
         let words = ["b", "A", "c", "D", "é"].map(|word| doc! { "_id": word });
-        db.run_command(doc! { "insert": "ci", "documents": words.to_vec() })
-            .await?;
+        db.run_command(doc! { "insert": "ci", "documents": words.to_vec() }).await?;
         let series = doc! { "create": "ts", "timeseries": { "timeField": "t" } };
         db.run_command(series).await?;
         let point = doc! { "_id": 1, "t": bson::DateTime::from_millis(1_735_689_600_000), "n": n };
-        db.run_command(doc! { "insert": "ts", "documents": [point] })
-            .await?;
+        db.run_command(doc! { "insert": "ts", "documents": [point] }).await?;
     }
-    let options = Options {
-        max_differences: 500,
-        ..Options::for_databases("v")
-    };
+    let options = Options { max_differences: 500, ..Options::for_databases("v") };
     let found = compare::compare(&pair.a, &pair.b, &options).await?;
     let of = |namespace: &str| -> Vec<_> {
         let all = found.differences.iter();
-        all.filter(|d| d.namespace == namespace)
-            .map(|d| d.kind.name())
-            .collect()
+        all.filter(|d| d.namespace == namespace).map(|d| d.kind.name()).collect()
     };
     assert_eq!(of("v.view"), ["options"], "{found}");
     assert_eq!(of("v.ids"), ["document different"], "{found}");
     assert_eq!(of("v.ci"), [""; 0], "{found}");
     assert_eq!(of("v.many").len(), 199, "{found}");
-    assert_eq!(
-        of("v.ts"),
-        ["document missing", "document extra"],
-        "{found}"
-    );
+    assert_eq!(of("v.ts"), ["document missing", "document extra"], "{found}");
 
-    let few = Options {
-        max_differences: 5,
-        ..Options::for_databases("v")
-    };
+    let few = Options { max_differences: 5, ..Options::for_databases("v") };
     let found = compare::compare(&pair.a, &pair.b, &few).await?;
     assert_eq!((found.differences.len(), found.more), (5, 198), "{found}");
-    let skip = ["v.view", "v.ids", "v.many", "v.ts"]
-        .map(str::to_owned)
-        .to_vec();
-    let skipping = Options {
-        skip,
-        ..Options::for_databases("v")
-    };
-    compare::compare(&pair.a, &pair.b, &skipping)
-        .await?
-        .ensure_equal()?;
+    let skip = ["v.view", "v.ids", "v.many", "v.ts"].map(str::to_owned).to_vec();
+    let skipping = Options { skip, ..Options::for_databases("v") };
+    compare::compare(&pair.a, &pair.b, &skipping).await?.ensure_equal()?;
     Ok(())
 }
 
 #[tokio::test]
 async fn a_workload_covers_every_kind_and_repeats_itself() -> Result<()> {
     let pair = pair().await?;
-    let profile = Profile {
-        large: 2,
-        large_budget: 60 << 20,
-        ..Profile::default()
-    };
+    let profile = Profile { large: 2, large_budget: 60 << 20, ..Profile::default() };
     let kinds: Vec<Kind> = profile.kinds().collect();
     let first = Workload::new(11, profile.clone(), "w");
     let second = Workload::new(11, profile, "w");
@@ -356,40 +264,25 @@ async fn a_workload_covers_every_kind_and_repeats_itself() -> Result<()> {
     let digest = compare::digest(&pair.a, &options).await?;
     println!("{digest}");
     assert_eq!(digest, compare::digest(&pair.b, &options).await?);
-    assert_eq!(
-        (digest.documents, digest.indexes),
-        (equal.documents, equal.indexes)
-    );
+    assert_eq!((digest.documents, digest.indexes), (equal.documents, equal.indexes));
     first.check_counters(&pair.b).await?;
 
     let more = second.run(&pair.b, Until::Operations(50)).await?;
     assert!(more.done() > 0 && digest != compare::digest(&pair.b, &options).await?);
-    assert!(
-        !compare::compare(&pair.a, &pair.b, &options)
-            .await?
-            .is_equal()
-    );
+    assert!(!compare::compare(&pair.a, &pair.b, &options).await?.is_equal());
     Ok(())
 }
 
 #[tokio::test]
 async fn beyond_the_spine_and_with_many_writers() -> Result<()> {
     let (_server, client) = Mongod::start().await?;
-    let profile = Profile {
-        beyond_spine: true,
-        writers: 4,
-        ..Profile::default()
-    };
+    let profile = Profile { beyond_spine: true, writers: 4, ..Profile::default() };
     let workload = Workload::new(5, profile.clone(), "m");
-    let counts = workload
-        .run(&client, Until::Elapsed(Duration::from_secs(6)))
-        .await?;
+    let counts = workload.run(&client, Until::Elapsed(Duration::from_secs(6))).await?;
     println!("{counts}");
     assert!(counts.done() > 500, "{counts}");
     workload.check_counters(&client).await?;
-    compare::compare(&client, &client, &Options::default())
-        .await?
-        .ensure_equal()?;
+    compare::compare(&client, &client, &Options::default()).await?.ensure_equal()?;
     Ok(())
 }
 
@@ -415,10 +308,7 @@ async fn small_workloads_hold_their_invariants() -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     // The snapshot read sees what the majority has, a moment later.
     while reader.check(&client).await.is_ok() {
-        ensure!(
-            Instant::now() < deadline,
-            "half a transaction was not noticed"
-        );
+        ensure!(Instant::now() < deadline, "half a transaction was not noticed");
     }
 
     let mut counters = Counters::new(2, "counting");
@@ -429,10 +319,7 @@ async fn small_workloads_hold_their_invariants() -> Result<()> {
     ] };
     client.database("counting").run_command(twice).await?;
     let noticed = counters.check(&client).await;
-    assert!(
-        noticed.is_err(),
-        "an increment applied twice was not noticed"
-    );
+    assert!(noticed.is_err(), "an increment applied twice was not noticed");
 
     let mut ratings = Ratings::new(3, "ratings");
     ratings.load(&client, 1_500).await?;
@@ -445,11 +332,7 @@ async fn small_workloads_hold_their_invariants() -> Result<()> {
 
 /// Operations the server has answered since it started; none while it is down.
 async fn served(client: &Client) -> Option<i64> {
-    let status = client
-        .database("admin")
-        .run_command(doc! { "serverStatus": 1 })
-        .await
-        .ok()?;
+    let status = client.database("admin").run_command(doc! { "serverStatus": 1 }).await.ok()?;
     let counters = status.get_document("opcounters").ok()?;
     let count = |name| counters.get(name).and_then(|n| n.as_i64());
     Some(count("insert")? + count("update")?)
@@ -458,10 +341,7 @@ async fn served(client: &Client) -> Option<i64> {
 #[tokio::test]
 async fn a_workload_outlives_crashes_of_its_primary() -> Result<()> {
     let (mut server, client) = Mongod::start().await?;
-    let profile = Profile {
-        writers: 2,
-        ..Profile::default()
-    };
+    let profile = Profile { writers: 2, ..Profile::default() };
     let workload = Workload::new(21, profile, "k");
     let done = Arc::new(AtomicBool::new(false));
     let crashes = async {
@@ -474,10 +354,7 @@ async fn a_workload_outlives_crashes_of_its_primary() -> Result<()> {
             server.crash_and_restart()?;
         }
         while served(&client).await.is_none_or(|count| count < 100) {
-            ensure!(
-                Instant::now() < deadline,
-                "no progress after the last crash"
-            );
+            ensure!(Instant::now() < deadline, "no progress after the last crash");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         done.store(true, Ordering::Relaxed);

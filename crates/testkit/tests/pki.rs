@@ -24,10 +24,7 @@ async fn connect(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Result
         stream.read_u8().await?;
         stream.write_all(b"y").await?;
         let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        Ok(chain
-            .first()
-            .map(|certificate| certificate.to_vec())
-            .unwrap_or_default())
+        Ok(chain.first().map(|certificate| certificate.to_vec()).unwrap_or_default())
     };
     let (_, certificate) = tokio::try_join!(dial, serve)?;
     Ok(certificate)
@@ -50,12 +47,7 @@ async fn identities_of_one_fleet_meet_and_show_their_names() -> Result<()> {
         let south = pki.identity(role, "south")?;
         ensure!(south.uri() == Some(uri));
         let certificate = meets(&south, &north).await?;
-        ensure!(
-            certificate
-                .windows(uri.len())
-                .any(|window| window == uri.as_bytes()),
-            "no {uri} in the certificate"
-        );
+        ensure!(certificate.windows(uri.len()).any(|window| window == uri.as_bytes()), "no {uri} in the certificate");
         meets(&north, &south).await?;
     }
     Ok(())
@@ -72,19 +64,9 @@ async fn strangers_expired_and_bare_clients_are_refused() -> Result<()> {
     Pki::trust(&stranger, &[&pki])?;
     ensure!(meets(&stranger, &north).await.is_err(), "a stranger got in");
     let expired = pki.expired(Role::Site, "south")?;
-    ensure!(
-        meets(&expired, &north).await.is_err(),
-        "an expired certificate got in"
-    );
-    ensure!(
-        meets(&north, &expired).await.is_err(),
-        "an expired certificate was trusted"
-    );
-    let bare = connect(
-        north.client_config_without_certificate()?,
-        north.server_config()?,
-    )
-    .await;
+    ensure!(meets(&expired, &north).await.is_err(), "an expired certificate got in");
+    ensure!(meets(&north, &expired).await.is_err(), "an expired certificate was trusted");
+    let bare = connect(north.client_config_without_certificate()?, north.server_config()?).await;
     ensure!(bare.is_err(), "a client without a certificate got in");
     Ok(())
 }

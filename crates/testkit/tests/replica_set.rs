@@ -14,19 +14,13 @@ use mongodb::error::ErrorKind;
 const LONG: Duration = Duration::from_secs(30);
 
 async fn insert(set: &ReplicaSet, user: User, id: i32) -> Result<()> {
-    let collection = set
-        .client(user)?
-        .database("shop")
-        .collection::<Document>("items");
+    let collection = set.client(user)?.database("shop").collection::<Document>("items");
     collection.insert_one(doc! { "_id": id }).await?;
     Ok(())
 }
 
 async fn count(set: &ReplicaSet) -> Result<u64> {
-    let collection = set
-        .client(User::App)?
-        .database("shop")
-        .collection::<Document>("items");
+    let collection = set.client(User::App)?.database("shop").collection::<Document>("items");
     Ok(collection.count_documents(doc! {}).await?)
 }
 
@@ -46,11 +40,7 @@ async fn one_member_starts_soon_and_keeps_its_data_over_a_kill() -> Result<()> {
     eprintln!("a set of one member took {took:?}");
     ensure!(took < Duration::from_secs(15), "took {took:?}");
     insert(&set, User::App, 1).await?;
-    ensure!(
-        set.uri().ends_with("/?replicaSet=rs0") && !set.uri().contains('@'),
-        "{}",
-        set.uri()
-    );
+    ensure!(set.uri().ends_with("/?replicaSet=rs0") && !set.uri().contains('@'), "{}", set.uri());
     ensure!(set.usage(0)?.rss > 20 << 20, "{:?}", set.usage(0)?);
 
     set.kill9(0)?;
@@ -102,12 +92,8 @@ async fn three_members_elect_another_when_the_primary_dies_or_steps_down() -> Re
 async fn the_write_block_stops_the_application_but_not_the_agent() -> Result<()> {
     let set = ReplicaSet::warm(Warm::One).await?;
     let farshore = set.client(User::Farshore)?.database("admin");
-    farshore
-        .run_command(doc! { "setUserWriteBlockMode": 1, "global": true })
-        .await?;
-    let refused = insert(&set, User::App, 1)
-        .await
-        .expect_err("writes are blocked");
+    farshore.run_command(doc! { "setUserWriteBlockMode": 1, "global": true }).await?;
+    let refused = insert(&set, User::App, 1).await.expect_err("writes are blocked");
     ensure!(code(&refused) == Some(371), "{refused:#}");
     insert(&set, User::Farshore, 2).await?;
     let status = farshore.run_command(doc! { "serverStatus": 1 }).await?;
@@ -124,22 +110,14 @@ async fn a_warm_set_is_clean_and_an_exclusive_lease() -> Result<()> {
     let other = ReplicaSet::warm(Warm::Open).await?;
     ensure!(one.pid(0) != other.pid(0));
     insert(&one, User::App, 1).await?;
-    one.client(User::App)?
-        .database("farshore")
-        .create_collection("marks")
-        .await?;
+    one.client(User::App)?.database("farshore").create_collection("marks").await?;
     let pid = one.pid(0);
     one.stop(0)?;
     drop(one);
     let again = ReplicaSet::warm(Warm::Open).await?;
     ensure!(again.pid(0) == pid, "a new one was started");
     let names = again.client(User::App)?.list_database_names().await?;
-    ensure!(
-        names
-            .iter()
-            .all(|name| ["admin", "config", "local"].contains(&name.as_str())),
-        "{names:?}"
-    );
+    ensure!(names.iter().all(|name| ["admin", "config", "local"].contains(&name.as_str())), "{names:?}");
     again.kill9(0)?;
     drop(again);
     drop(other);
@@ -150,41 +128,24 @@ async fn a_warm_set_is_clean_and_an_exclusive_lease() -> Result<()> {
 #[tokio::test]
 async fn with_tls_only_those_who_trust_the_ca_connect() -> Result<()> {
     let pki = Arc::new(Pki::new("farshore")?);
-    let set = ReplicaSet::start(Options {
-        tls: Some(Arc::clone(&pki)),
-        ..Options::default()
-    })
-    .await?;
+    let set = ReplicaSet::start(Options { tls: Some(Arc::clone(&pki)), ..Options::default() }).await?;
     insert(&set, User::Farshore, 1).await?;
-    let plain = mongodb::options::ClientOptions::parse(
-        set.uri_as(User::App) + "&serverSelectionTimeoutMS=700",
-    )
-    .await?;
-    let refused = mongodb::Client::with_options(plain)?
-        .list_database_names()
-        .await;
+    let plain = mongodb::options::ClientOptions::parse(set.uri_as(User::App) + "&serverSelectionTimeoutMS=700").await?;
+    let refused = mongodb::Client::with_options(plain)?.list_database_names().await;
     ensure!(refused.is_err(), "a client without TLS got in");
     Ok(())
 }
 
 #[tokio::test]
 async fn a_small_oplog_rolls_over() -> Result<()> {
-    let set = ReplicaSet::start(Options {
-        oplog_mb: 16,
-        ..Options::default()
-    })
-    .await?;
+    let set = ReplicaSet::start(Options { oplog_mb: 16, ..Options::default() }).await?;
     insert(&set, User::App, 1).await?;
     let (oldest, newest) = set.oplog_window().await?;
     ensure!(oldest < newest);
     set.roll_oplog(newest, Duration::from_secs(60)).await?;
     let (oldest, _) = set.oplog_window().await?;
     ensure!(oldest > newest);
-    let names = set
-        .client(User::Root)?
-        .list_database_names()
-        .await
-        .context("list databases")?;
+    let names = set.client(User::Root)?.list_database_names().await.context("list databases")?;
     ensure!(!names.contains(&"filler".to_owned()));
     Ok(())
 }

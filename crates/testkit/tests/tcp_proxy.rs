@@ -32,9 +32,7 @@ async fn round_trip(stream: &mut TcpStream, text: &[u8]) -> Result<Duration> {
     let begin = Instant::now();
     stream.write_all(text).await?;
     let mut back = vec![0; text.len()];
-    timeout(SOON, stream.read_exact(&mut back))
-        .await
-        .context("nothing came back")??;
+    timeout(SOON, stream.read_exact(&mut back)).await.context("nothing came back")??;
     ensure!(back == text);
     Ok(begin.elapsed())
 }
@@ -50,15 +48,9 @@ async fn passes_bytes_and_half_closes_and_counts() -> Result<()> {
         to.write_all(&sent).await?;
         to.shutdown().await
     };
-    timeout(SOON, async {
-        tokio::try_join!(send, from.read_to_end(&mut back))
-    })
-    .await
-    .context("no end came")??;
+    timeout(SOON, async { tokio::try_join!(send, from.read_to_end(&mut back)) }).await.context("no end came")??;
     ensure!(back == sent);
-    ensure!(
-        proxy.bytes(Direction::Forward) == 3_000_000 && proxy.bytes(Direction::Back) == 3_000_000
-    );
+    ensure!(proxy.bytes(Direction::Forward) == 3_000_000 && proxy.bytes(Direction::Back) == 3_000_000);
     ensure!(proxy.connections() == 1);
     Ok(())
 }
@@ -77,10 +69,7 @@ async fn delays_each_way_without_slowing_the_flow() -> Result<()> {
     let begin = Instant::now();
     tokio::try_join!(to.write_all(&[7; 1_600_000]), from.read_exact(&mut back))?;
     let took = begin.elapsed();
-    ensure!(
-        took < Duration::from_secs(4),
-        "took {took:?}, one delay for each chunk would be 20 s"
-    );
+    ensure!(took < Duration::from_secs(4), "took {took:?}, one delay for each chunk would be 20 s");
     Ok(())
 }
 
@@ -89,26 +78,11 @@ async fn caps_the_bandwidth_of_all_connections_together() -> Result<()> {
     let proxy = TcpProxy::start(echo().await?).await?;
     proxy.set_bandwidth(Some(1_000_000));
     let begin = Instant::now();
-    let one = async {
-        round_trip(
-            &mut TcpStream::connect(proxy.address()).await?,
-            &[1; 300_000],
-        )
-        .await
-    };
-    let two = async {
-        round_trip(
-            &mut TcpStream::connect(proxy.address()).await?,
-            &[2; 300_000],
-        )
-        .await
-    };
+    let one = async { round_trip(&mut TcpStream::connect(proxy.address()).await?, &[1; 300_000]).await };
+    let two = async { round_trip(&mut TcpStream::connect(proxy.address()).await?, &[2; 300_000]).await };
     tokio::try_join!(one, two)?;
     let took = begin.elapsed();
-    ensure!(
-        took >= Duration::from_millis(590),
-        "600 kB at 1 MB/s took {took:?}"
-    );
+    ensure!(took >= Duration::from_millis(590), "600 kB at 1 MB/s took {took:?}");
     Ok(())
 }
 
@@ -118,17 +92,10 @@ async fn a_cut_closes_and_refuses_until_healed() -> Result<()> {
     let mut stream = TcpStream::connect(proxy.address()).await?;
     round_trip(&mut stream, b"before").await?;
     proxy.cut().await?;
-    let end = timeout(SOON, stream.read(&mut [0; 8]))
-        .await
-        .context("the connection stays open")?;
+    let end = timeout(SOON, stream.read(&mut [0; 8])).await.context("the connection stays open")?;
     ensure!(matches!(end, Ok(0) | Err(_)), "{end:?}");
-    let refused = TcpStream::connect(proxy.address())
-        .await
-        .expect_err("nobody listens");
-    ensure!(
-        refused.kind() == std::io::ErrorKind::ConnectionRefused,
-        "{refused}"
-    );
+    let refused = TcpStream::connect(proxy.address()).await.expect_err("nobody listens");
+    ensure!(refused.kind() == std::io::ErrorKind::ConnectionRefused, "{refused}");
     proxy.heal().await?;
     round_trip(&mut TcpStream::connect(proxy.address()).await?, b"after").await?;
     Ok(())
@@ -149,14 +116,9 @@ async fn a_held_direction_keeps_its_bytes_and_loses_none() -> Result<()> {
     wait::until("the bytes to arrive", SOON, arrived).await?;
     let mut back = [0; 6];
     let silent = timeout(Duration::from_millis(300), stream.read_exact(&mut back)).await;
-    ensure!(
-        silent.is_err() && proxy.bytes(Direction::Back) == 6,
-        "{silent:?}"
-    );
+    ensure!(silent.is_err() && proxy.bytes(Direction::Back) == 6, "{silent:?}");
     proxy.heal().await?;
-    timeout(SOON, stream.read_exact(&mut back))
-        .await
-        .context("held for ever")??;
+    timeout(SOON, stream.read_exact(&mut back)).await.context("held for ever")??;
     ensure!(&back == b"during");
     Ok(())
 }
@@ -166,9 +128,7 @@ async fn an_unreachable_target_looks_like_a_closed_connection() -> Result<()> {
     let nobody = farshore_testkit::ports::Port::take()?;
     let proxy = TcpProxy::start(nobody.address()).await?;
     let mut stream = TcpStream::connect(proxy.address()).await?;
-    let end = timeout(SOON, stream.read(&mut [0; 8]))
-        .await
-        .context("the connection stays open")?;
+    let end = timeout(SOON, stream.read(&mut [0; 8])).await.context("the connection stays open")?;
     ensure!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     Ok(())
 }

@@ -71,10 +71,7 @@ impl AgentConfig {
 
     /// Sets a key to a value in TOML, such as `"8"` or `"\"10s\""`.
     pub fn set(&mut self, section: &str, key: &str, toml: &str) {
-        self.sections
-            .entry(section.to_owned())
-            .or_default()
-            .insert(key.to_owned(), toml.to_owned());
+        self.sections.entry(section.to_owned()).or_default().insert(key.to_owned(), toml.to_owned());
     }
 
     /// Sets a key to a string.
@@ -91,11 +88,7 @@ impl AgentConfig {
 
     /// Shows this certificate on the link instead.
     pub fn set_identity(&mut self, identity: Identity) {
-        self.set_text(
-            "tls",
-            "certificate_file",
-            &identity.certificate_file.display().to_string(),
-        );
+        self.set_text("tls", "certificate_file", &identity.certificate_file.display().to_string());
         self.set_text("tls", "key_file", &identity.key_file.display().to_string());
         self.set_text("tls", "ca_file", &identity.ca_file.display().to_string());
         self.identity = identity;
@@ -137,16 +130,8 @@ impl AgentConfig {
             }
         }
         for (site, addresses) in &self.peers {
-            let addresses: Vec<String> = addresses
-                .iter()
-                .map(|address| quoted(&address.to_string()))
-                .collect();
-            let _ = writeln!(
-                text,
-                "[[peers]]\nsite = {}\naddresses = [{}]",
-                quoted(site),
-                addresses.join(", ")
-            );
+            let addresses: Vec<String> = addresses.iter().map(|address| quoted(&address.to_string())).collect();
+            let _ = writeln!(text, "[[peers]]\nsite = {}\naddresses = [{}]", quoted(site), addresses.join(", "));
         }
         text + &self.extra
     }
@@ -156,11 +141,7 @@ impl AgentConfig {
         let secrets = folder.join("secrets");
         std::fs::create_dir_all(&secrets).context("make the folder of secrets")?;
         if let Some(password) = &self.password {
-            pki::write(
-                &secrets.join("mongodb-password"),
-                format!("{password}\n").as_bytes(),
-                0o600,
-            )?;
+            pki::write(&secrets.join("mongodb-password"), format!("{password}\n").as_bytes(), 0o600)?;
         }
         pki::write(&file(folder), self.text().as_bytes(), 0o644)
     }

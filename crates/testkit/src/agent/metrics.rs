@@ -14,22 +14,13 @@ impl Metrics {
     /// Reads the exposition format; timestamps and exemplars are left out.
     pub fn parse(text: &str) -> Result<Self> {
         let mut samples = BTreeMap::new();
-        for line in text
-            .lines()
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        {
+        for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
             // Values of labels may hold blanks, so a name with labels ends at its last brace.
-            let labelled = line
-                .find('{')
-                .and_then(|open| line[open..].find("} ").map(|close| open + close + 1));
-            let end = labelled
-                .or_else(|| line.find(' '))
-                .with_context(|| format!("no value in metric line {line}"))?;
+            let labelled = line.find('{').and_then(|open| line[open..].find("} ").map(|close| open + close + 1));
+            let end = labelled.or_else(|| line.find(' ')).with_context(|| format!("no value in metric line {line}"))?;
             let (name, rest) = line.split_at(end);
             let value = rest.split_ascii_whitespace().next().unwrap_or_default();
-            let value = value
-                .parse()
-                .with_context(|| format!("no number in metric line {line}"))?;
+            let value = value.parse().with_context(|| format!("no number in metric line {line}"))?;
             samples.insert(name.to_owned(), value);
         }
         Ok(Self { samples })
@@ -49,23 +40,16 @@ impl Metrics {
     pub fn total_where(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let matching = self.samples.iter().filter(|(sample, _)| {
             let (its_name, its_labels) = sample.split_once('{').unwrap_or((sample, ""));
-            its_name == name
-                && labels
-                    .iter()
-                    .all(|(key, value)| has_label(its_labels, key, value))
+            its_name == name && labels.iter().all(|(key, value)| has_label(its_labels, key, value))
         });
-        matching
-            .map(|(_, value)| *value)
-            .reduce(|sum, value| sum + value)
+        matching.map(|(_, value)| *value).reduce(|sum, value| sum + value)
     }
 }
 
 /// `labels` is what follows the opening brace.
 fn has_label(labels: &str, key: &str, value: &str) -> bool {
     let wanted = format!("{key}=\"{value}\"");
-    labels
-        .match_indices(&wanted)
-        .any(|(at, _)| at == 0 || labels[..at].ends_with(','))
+    labels.match_indices(&wanted).any(|(at, _)| at == 0 || labels[..at].ends_with(','))
 }
 
 #[cfg(test)]
@@ -88,18 +72,9 @@ farshore_lag_seconds 0.25
         assert_eq!(metrics.samples().len(), 4);
         assert_eq!(metrics.total("farshore_lag_seconds"), Some(0.25));
         assert_eq!(metrics.total("farshore_changes_total"), Some(12.0));
-        assert_eq!(
-            metrics.total_where("farshore_changes_total", &[("op", "insert")]),
-            Some(8.0)
-        );
-        assert_eq!(
-            metrics.total_where("farshore_changes_total", &[("stream", "so uth")]),
-            Some(5.0)
-        );
-        assert_eq!(
-            metrics.total_where("farshore_changes_total", &[("op", "none")]),
-            None
-        );
+        assert_eq!(metrics.total_where("farshore_changes_total", &[("op", "insert")]), Some(8.0));
+        assert_eq!(metrics.total_where("farshore_changes_total", &[("stream", "so uth")]), Some(5.0));
+        assert_eq!(metrics.total_where("farshore_changes_total", &[("op", "none")]), None);
         assert_eq!(metrics.total("farshore_changes"), None);
     }
 

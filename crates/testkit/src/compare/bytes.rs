@@ -40,28 +40,19 @@ pub(super) fn numeric_key(document: &RawDocument) -> Option<u64> {
         RawBsonRef::Decimal128(v) => v.to_string().parse().ok()?,
         _ => return None,
     };
-    Some(if number.is_nan() {
-        f64::NAN.to_bits()
-    } else {
-        (number + 0.0).to_bits()
-    })
+    Some(if number.is_nan() { f64::NAN.to_bits() } else { (number + 0.0).to_bits() })
 }
 
 /// The same top-level fields sorted by name, except those in `drop`.
 pub(super) fn sorted(document: &RawDocument, drop: &[&str]) -> RawDocumentBuf {
-    let mut fields: Vec<_> = document
-        .iter()
-        .flatten()
-        .filter(|(key, _)| !drop.contains(&key.as_str()))
-        .collect();
+    let mut fields: Vec<_> = document.iter().flatten().filter(|(key, _)| !drop.contains(&key.as_str())).collect();
     fields.sort_by_key(|(key, _)| key.as_str());
     fields.into_iter().collect()
 }
 
 /// True when two documents differ at most in the order of their fields, at any depth.
 pub(super) fn same_but_for_order(a: &RawDocument, b: &RawDocument) -> bool {
-    a.as_bytes().len() == b.as_bytes().len()
-        && canonical(RawBsonRef::Document(a)) == canonical(RawBsonRef::Document(b))
+    a.as_bytes().len() == b.as_bytes().len() && canonical(RawBsonRef::Document(a)) == canonical(RawBsonRef::Document(b))
 }
 
 fn canonical(value: RawBsonRef<'_>) -> Vec<u8> {
@@ -161,11 +152,7 @@ struct Text {
 
 impl Text {
     fn new(limit: usize) -> Self {
-        Self {
-            out: String::new(),
-            limit,
-            full: false,
-        }
+        Self { out: String::new(), limit, full: false }
     }
 
     fn push(&mut self, text: &str) {
@@ -256,12 +243,7 @@ fn scalar_text(value: RawBsonRef<'_>) -> String {
         ),
         RawBsonRef::Binary(binary) => {
             // Hexadecimal, not base64: it is read by people who compare two of them.
-            let head: String = binary
-                .bytes
-                .iter()
-                .take(32)
-                .map(|b| format!("{b:02x}"))
-                .collect();
+            let head: String = binary.bytes.iter().take(32).map(|b| format!("{b:02x}")).collect();
             let (subtype, len) = (u8::from(binary.subtype), binary.bytes.len());
             format!(r#"{{"$binary":{{"hex":"{head}","bytes":{len},"subType":"{subtype:02x}"}}}}"#)
         }
@@ -297,10 +279,7 @@ mod tests {
     fn duplicate_keys_survive_rendering() {
         let mut document = rawdoc! { "a": 1 };
         document.append(bson::raw::cstr!("a"), 2);
-        assert_eq!(
-            shorten(&document, 100),
-            r#"{"a":{"$numberInt":"1"},"a":{"$numberInt":"2"}}"#
-        );
+        assert_eq!(shorten(&document, 100), r#"{"a":{"$numberInt":"1"},"a":{"$numberInt":"2"}}"#);
     }
 
     #[test]

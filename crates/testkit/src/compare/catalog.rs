@@ -70,10 +70,7 @@ impl Catalog {
     }
 
     pub(super) fn indexes(&self) -> u64 {
-        self.collections
-            .values()
-            .map(|collection| collection.indexes.len() as u64)
-            .sum()
+        self.collections.values().map(|collection| collection.indexes.len() as u64).sum()
     }
 }
 
@@ -110,10 +107,7 @@ async fn indexes(db: &Database, collection: &str) -> Result<BTreeMap<String, Raw
     let specs = documents(db, rawdoc! { "listIndexes": collection, "cursor": {} })
         .await
         .with_context(|| format!("list the indexes of {}.{collection}", db.name()))?;
-    specs
-        .iter()
-        .map(|spec| Ok((spec.get_str("name")?.to_owned(), bytes::sorted(spec, &[]))))
-        .collect()
+    specs.iter().map(|spec| Ok((spec.get_str("name")?.to_owned(), bytes::sorted(spec, &[])))).collect()
 }
 
 async fn documents(db: &Database, command: RawDocumentBuf) -> Result<Vec<RawDocumentBuf>> {

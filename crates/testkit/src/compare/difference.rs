@@ -71,10 +71,7 @@ impl Kind {
             Kind::IndexDifferent { .. } => "index different",
             Kind::DocumentMissing { .. } => "document missing",
             Kind::DocumentExtra { .. } => "document extra",
-            Kind::DocumentDifferent {
-                only_field_order: true,
-                ..
-            } => "document field order",
+            Kind::DocumentDifferent { only_field_order: true, .. } => "document field order",
             Kind::DocumentDifferent { .. } => "document different",
             Kind::NaturalOrder { .. } => "natural order",
             Kind::TooFarApart { .. } => "too far apart",
@@ -113,11 +110,7 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new(limit: usize) -> Self {
-        Self {
-            limit,
-            kept: Vec::new(),
-            more: 0,
-        }
+        Self { limit, kept: Vec::new(), more: 0 }
     }
 
     /// Adds one difference, or counts it when the list is full.

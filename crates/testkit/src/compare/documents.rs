@@ -35,8 +35,7 @@ pub(super) async fn compare(
     }
     let by_id = l.kind == "collection" && r.kind == "collection";
     let order = if by_id { Order::Id } else { Order::Natural };
-    let (mut left, mut right) =
-        futures::try_join!(Reader::open(a, l, order), Reader::open(b, r, order))?;
+    let (mut left, mut right) = futures::try_join!(Reader::open(a, l, order), Reader::open(b, r, order))?;
     let mut join = Join::new(by_id);
     loop {
         let (x, y) = futures::try_join!(left.next(), right.next())?;
@@ -45,12 +44,7 @@ pub(super) async fn compare(
         }
         join.step(x, y, &l.namespace(), report);
         if join.waiting_bytes > MAX_WAITING_BYTES {
-            report.push(
-                l.namespace(),
-                Kind::TooFarApart {
-                    unmatched: join.waiting(),
-                },
-            );
+            report.push(l.namespace(), Kind::TooFarApart { unmatched: join.waiting() });
             return Ok(join.documents);
         }
     }
@@ -60,24 +54,16 @@ pub(super) async fn compare(
 }
 
 async fn compare_order(a: &Client, b: &Client, l: &Collection, report: &mut Report) -> Result<()> {
-    let (mut left, mut right) = futures::try_join!(
-        Reader::open(a, l, Order::Natural),
-        Reader::open(b, l, Order::Natural)
-    )?;
+    let (mut left, mut right) =
+        futures::try_join!(Reader::open(a, l, Order::Natural), Reader::open(b, l, Order::Natural))?;
     for position in 0.. {
         let (x, y) = futures::try_join!(left.next(), right.next())?;
         if x.is_none() && y.is_none() {
             break;
         }
         if x != y {
-            let text = |d: Option<RawDocumentBuf>| {
-                d.map_or_else(|| "(end)".to_owned(), |d| bytes::shorten(&d, 200))
-            };
-            let kind = Kind::NaturalOrder {
-                position,
-                a: text(x),
-                b: text(y),
-            };
+            let text = |d: Option<RawDocumentBuf>| d.map_or_else(|| "(end)".to_owned(), |d| bytes::shorten(&d, 200));
+            let kind = Kind::NaturalOrder { position, a: text(x), b: text(y) };
             report.push(l.namespace(), kind);
             break;
         }
@@ -97,11 +83,7 @@ pub(super) async fn digest(client: &Client, collection: &Collection) -> Result<S
     let by_id = collection.kind == "collection" && !collection.capped;
     let order = if by_id { Order::Id } else { Order::Natural };
     let mut reader = Reader::open(client, collection, order).await?;
-    let mut sum = Sum {
-        hash: 0,
-        documents: 0,
-        bytes: 0,
-    };
+    let mut sum = Sum { hash: 0, documents: 0, bytes: 0 };
     while let Some(document) = reader.next().await? {
         if collection.capped {
             sum.hash = sum.hash.rotate_left(1);
@@ -138,10 +120,7 @@ impl Reader {
         if collection.kind != "timeseries" {
             find = find.hint(Hint::Keys(hint));
         }
-        Ok(Self {
-            cursor: find.batch().await?,
-            ready: VecDeque::new(),
-        })
+        Ok(Self { cursor: find.batch().await?, ready: VecDeque::new() })
     }
 
     async fn next(&mut self) -> Result<Option<RawDocumentBuf>> {
@@ -168,23 +147,11 @@ struct Join {
 
 impl Join {
     fn new(by_id: bool) -> Self {
-        Self {
-            by_id,
-            left: Waiting::new(),
-            right: Waiting::new(),
-            waiting_bytes: 0,
-            documents: 0,
-        }
+        Self { by_id, left: Waiting::new(), right: Waiting::new(), waiting_bytes: 0, documents: 0 }
     }
 
     /// Takes the next document of each side, if it has one.
-    fn step(
-        &mut self,
-        x: Option<RawDocumentBuf>,
-        y: Option<RawDocumentBuf>,
-        namespace: &str,
-        report: &mut Report,
-    ) {
+    fn step(&mut self, x: Option<RawDocumentBuf>, y: Option<RawDocumentBuf>, namespace: &str, report: &mut Report) {
         self.documents += u64::from(x.is_some());
         if x == y {
             return;
@@ -200,11 +167,7 @@ impl Join {
     }
 
     /// Gives the pair when the partner of this document was waiting, else lets it wait.
-    fn offer(
-        &mut self,
-        document: RawDocumentBuf,
-        is_left: bool,
-    ) -> Option<(RawDocumentBuf, RawDocumentBuf)> {
+    fn offer(&mut self, document: RawDocumentBuf, is_left: bool) -> Option<(RawDocumentBuf, RawDocumentBuf)> {
         let key = match self.by_id {
             true => bytes::id_bytes(&document),
             false => document.as_bytes().to_vec(),
@@ -223,11 +186,7 @@ impl Join {
             other.remove(&key);
         }
         self.waiting_bytes -= partner.as_bytes().len();
-        Some(if is_left {
-            (document, partner)
-        } else {
-            (partner, document)
-        })
+        Some(if is_left { (document, partner) } else { (partner, document) })
     }
 
     fn waiting(&self) -> u64 {
@@ -251,18 +210,12 @@ impl Join {
                 .and_then(|n| extra.get_mut(n)?.take());
             let kind = match partner {
                 Some(b) => different(&a, &b),
-                None => Kind::DocumentMissing {
-                    id: bytes::id_text(&a),
-                    a: bytes::shorten(&a, 200),
-                },
+                None => Kind::DocumentMissing { id: bytes::id_text(&a), a: bytes::shorten(&a, 200) },
             };
             report.push(namespace.to_owned(), kind);
         }
         for b in extra.into_iter().flatten() {
-            let kind = Kind::DocumentExtra {
-                id: bytes::id_text(&b),
-                b: bytes::shorten(&b, 200),
-            };
+            let kind = Kind::DocumentExtra { id: bytes::id_text(&b), b: bytes::shorten(&b, 200) };
             report.push(namespace.to_owned(), kind);
         }
     }
@@ -288,20 +241,10 @@ mod tests {
         let mut report = Report::new(100);
         let mut join = Join::new(true);
         for n in 0..left.len().max(right.len()) {
-            join.step(
-                left.get(n).cloned(),
-                right.get(n).cloned(),
-                "d.c",
-                &mut report,
-            );
+            join.step(left.get(n).cloned(), right.get(n).cloned(), "d.c", &mut report);
         }
         join.finish("d.c", &mut report);
-        report
-            .finish()
-            .0
-            .iter()
-            .map(|difference| difference.kind.name())
-            .collect()
+        report.finish().0.iter().map(|difference| difference.kind.name()).collect()
     }
 
     #[test]
@@ -325,19 +268,9 @@ mod tests {
     fn memory_is_free_again_when_partners_met() {
         let mut report = Report::new(10);
         let mut join = Join::new(true);
-        join.step(
-            Some(rawdoc! { "_id": 1 }),
-            Some(rawdoc! { "_id": 2 }),
-            "d.c",
-            &mut report,
-        );
+        join.step(Some(rawdoc! { "_id": 1 }), Some(rawdoc! { "_id": 2 }), "d.c", &mut report);
         assert!(join.waiting_bytes > 0);
-        join.step(
-            Some(rawdoc! { "_id": 2 }),
-            Some(rawdoc! { "_id": 1 }),
-            "d.c",
-            &mut report,
-        );
+        join.step(Some(rawdoc! { "_id": 2 }), Some(rawdoc! { "_id": 1 }), "d.c", &mut report);
         assert_eq!((join.waiting_bytes, join.waiting()), (0, 0));
     }
 }

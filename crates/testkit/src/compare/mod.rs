@@ -38,29 +38,19 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            skip: Vec::new(),
-            database_prefix: None,
-            max_differences: 50,
-        }
+        Self { skip: Vec::new(), database_prefix: None, max_differences: 50 }
     }
 }
 
 impl Options {
     /// Compares only databases whose name starts with `prefix`.
     pub fn for_databases(prefix: impl Into<String>) -> Self {
-        Self {
-            database_prefix: Some(prefix.into()),
-            ..Self::default()
-        }
+        Self { database_prefix: Some(prefix.into()), ..Self::default() }
     }
 
     fn wants_database(&self, database: &str) -> bool {
         !["admin", "config", "local", "farshore"].contains(&database)
-            && self
-                .database_prefix
-                .as_deref()
-                .is_none_or(|prefix| database.starts_with(prefix))
+            && self.database_prefix.as_deref().is_none_or(|prefix| database.starts_with(prefix))
             && !self.skip.iter().any(|skip| skip == database)
     }
 
@@ -96,11 +86,7 @@ impl Comparison {
 
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = if self.is_equal() {
-            "equal"
-        } else {
-            "DIFFERENT"
-        };
+        let verdict = if self.is_equal() { "equal" } else { "DIFFERENT" };
         write!(
             f,
             "{verdict}: {} documents, {} collections and views, {} indexes, {} differences",
@@ -122,28 +108,13 @@ impl fmt::Display for Comparison {
 /// Compares everything of two clusters at rest. `a` is the reference: "missing" is missing in `b`.
 pub async fn compare(a: &Client, b: &Client, options: &Options) -> Result<Comparison> {
     let (left, right) = futures::try_join!(
-        async {
-            Catalog::read(a, options)
-                .await
-                .context("read the catalog of the first cluster")
-        },
-        async {
-            Catalog::read(b, options)
-                .await
-                .context("read the catalog of the second cluster")
-        },
+        async { Catalog::read(a, options).await.context("read the catalog of the first cluster") },
+        async { Catalog::read(b, options).await.context("read the catalog of the second cluster") },
     )?;
     let mut report = Report::new(options.max_differences);
-    let mut result = Comparison {
-        collections: left.collections.len() as u64,
-        indexes: left.indexes(),
-        ..Comparison::default()
-    };
-    let names: BTreeSet<_> = left
-        .collections
-        .keys()
-        .chain(right.collections.keys())
-        .collect();
+    let mut result =
+        Comparison { collections: left.collections.len() as u64, indexes: left.indexes(), ..Comparison::default() };
+    let names: BTreeSet<_> = left.collections.keys().chain(right.collections.keys()).collect();
     for key in names {
         match (left.collections.get(key), right.collections.get(key)) {
             (Some(l), Some(r)) => {
@@ -170,10 +141,7 @@ fn compare_metadata(l: &Collection, r: &Collection, report: &mut Report) {
     if l.metadata != r.metadata {
         report.push(
             l.namespace(),
-            Kind::Options {
-                a: bytes::shorten(&l.metadata, 400),
-                b: bytes::shorten(&r.metadata, 400),
-            },
+            Kind::Options { a: bytes::shorten(&l.metadata, 400), b: bytes::shorten(&r.metadata, 400) },
         );
     }
     let names: BTreeSet<_> = l.indexes.keys().chain(r.indexes.keys()).collect();

@@ -48,25 +48,18 @@ pub(super) struct Access {
 impl Access {
     /// Not guessable and found nowhere by chance, so that a test can look for it where it must not be.
     pub(super) fn password(&self, user: User) -> Option<String> {
-        self.secret
-            .as_ref()
-            .map(|secret| format!("{}-{secret}", user.name()))
+        self.secret.as_ref().map(|secret| format!("{}-{secret}", user.name()))
     }
 
     /// A driver; `member` alone when given, as `user` when given.
     pub(super) fn connect(&self, user: Option<User>, member: Option<usize>) -> Result<Client> {
         let credential = user.and_then(|user| {
             let password = self.password(user)?;
-            let credential = Credential::builder()
-                .username(user.name().to_owned())
-                .password(password);
+            let credential = Credential::builder().username(user.name().to_owned()).password(password);
             Some(credential.source("admin".to_owned()).build())
         });
         let mut options = ClientOptions::builder()
-            .hosts(member.map_or_else(
-                || self.hosts.clone(),
-                |member| vec![self.hosts[member].clone()],
-            ))
+            .hosts(member.map_or_else(|| self.hosts.clone(), |member| vec![self.hosts[member].clone()]))
             .direct_connection(member.is_some())
             .credential(credential)
             .app_name("farshore-testkit".to_owned())
@@ -78,13 +71,8 @@ impl Access {
         if member.is_none() {
             options.repl_set_name = Some(self.replica_set.clone());
         }
-        options.tls = self.tls.as_ref().map(|tls| {
-            Tls::Enabled(
-                TlsOptions::builder()
-                    .ca_file_path(tls.ca_file.clone())
-                    .build(),
-            )
-        });
+        options.tls =
+            self.tls.as_ref().map(|tls| Tls::Enabled(TlsOptions::builder().ca_file_path(tls.ca_file.clone()).build()));
         Client::with_options(options).context("make a MongoDB client")
     }
 }

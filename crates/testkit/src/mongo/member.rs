@@ -36,22 +36,14 @@ impl Member {
         if let Some(tls) = tls {
             arguments.extend([
                 "--tlsMode=requireTLS".to_owned(),
-                format!(
-                    "--tlsCertificateKeyFile={}",
-                    tls.certificate_key_file.display()
-                ),
+                format!("--tlsCertificateKeyFile={}", tls.certificate_key_file.display()),
                 format!("--tlsCAFile={}", tls.ca_file.display()),
                 "--tlsAllowConnectionsWithoutCertificates".to_owned(),
             ]);
         }
         let log = folder.join("mongod.log");
         let process = spawn(&port, &arguments, &log)?;
-        Ok(Self {
-            port,
-            process,
-            arguments,
-            log,
-        })
+        Ok(Self { port, process, arguments, log })
     }
 
     /// Starts it again with the same files and port.
@@ -83,10 +75,7 @@ fn arguments(options: &Options, port: u16, data: &Path) -> Vec<String> {
         ("diagnosticDataCollectionEnabled", "false"),
         ("scramSHA256IterationCount", "5000"),
     ];
-    let given = options
-        .set_parameters
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_str()));
+    let given = options.set_parameters.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     for (name, value) in fixed.into_iter().chain(given) {
         arguments.push(format!("--setParameter={name}={value}"));
     }
@@ -107,13 +96,8 @@ fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("FARSHORE_MONGOD") {
         return Ok(path.into());
     }
-    let home = std::env::var_os("HOME")
-        .map(PathBuf::from)
-        .unwrap_or_default();
-    let cache = match (
-        std::env::var_os("FARSHORE_CACHE"),
-        std::env::var_os("XDG_CACHE_HOME"),
-    ) {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cache = match (std::env::var_os("FARSHORE_CACHE"), std::env::var_os("XDG_CACHE_HOME")) {
         (Some(cache), _) => PathBuf::from(cache),
         (None, Some(caches)) => PathBuf::from(caches).join("farshore"),
         (None, None) => home.join(".cache/farshore"),

@@ -32,31 +32,15 @@ impl ReplicaSet {
             }
             let mut bytes = vec![0; FILLER_BYTES];
             rand::rng().fill_bytes(&mut bytes);
-            let bytes = Binary {
-                subtype: BinarySubtype::Generic,
-                bytes,
-            };
-            filler
-                .insert_one(doc! { "bytes": bytes })
-                .await
-                .context("write filler")?;
+            let bytes = Binary { subtype: BinarySubtype::Generic, bytes };
+            filler.insert_one(doc! { "bytes": bytes }).await.context("write filler")?;
         }
         database.drop().await.context("drop the filler")
     }
 
     async fn oplog_end(&self, direction: i32) -> Result<Timestamp> {
-        let oplog = self
-            .client(User::Root)?
-            .database("local")
-            .collection::<Document>("oplog.rs");
-        let entry = oplog
-            .find_one(doc! {})
-            .sort(doc! { "$natural": direction })
-            .await
-            .context("read the oplog")?;
-        entry
-            .context("the oplog is empty")?
-            .get_timestamp("ts")
-            .context("an oplog entry without a time")
+        let oplog = self.client(User::Root)?.database("local").collection::<Document>("oplog.rs");
+        let entry = oplog.find_one(doc! {}).sort(doc! { "$natural": direction }).await.context("read the oplog")?;
+        entry.context("the oplog is empty")?.get_timestamp("ts").context("an oplog entry without a time")
     }
 }

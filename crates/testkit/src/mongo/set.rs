@@ -41,18 +41,11 @@ pub struct ReplicaSet {
 impl ReplicaSet {
     /// Starts a new set and waits until every member is in service.
     pub async fn start(options: Options) -> Result<Self> {
-        ensure!(
-            matches!(options.members, 1 | 3),
-            "a replica set has 1 or 3 members, not {}",
-            options.members
-        );
+        ensure!(matches!(options.members, 1 | 3), "a replica set has 1 or 3 members, not {}", options.members);
         let servers = Servers::start(&options)?;
-        setup::initiate(&servers.access).await.with_context(|| {
-            format!(
-                "set up the replica set in {}",
-                servers.folder.path().display()
-            )
-        })?;
+        setup::initiate(&servers.access)
+            .await
+            .with_context(|| format!("set up the replica set in {}", servers.folder.path().display()))?;
         Ok(Self::of(Arc::new(servers), None))
     }
 
@@ -62,11 +55,7 @@ impl ReplicaSet {
     }
 
     pub(super) fn of(servers: Arc<Servers>, kind: Option<Warm>) -> Self {
-        Self {
-            servers: Some(servers),
-            clients: Clients::default(),
-            kind,
-        }
+        Self { servers: Some(servers), clients: Clients::default(), kind }
     }
 
     /// The same set, to go back to the pool when dropped.
@@ -89,21 +78,14 @@ impl ReplicaSet {
     pub fn uri(&self) -> String {
         let access = &self.servers().access;
         let hosts: Vec<String> = access.hosts.iter().map(ToString::to_string).collect();
-        format!(
-            "mongodb://{}/?replicaSet={}",
-            hosts.join(","),
-            access.replica_set
-        )
+        format!("mongodb://{}/?replicaSet={}", hosts.join(","), access.replica_set)
     }
 
     /// URI with user and password, for people and foreign programs.
     pub fn uri_as(&self, user: User) -> String {
         let uri = self.uri();
         match self.password(user) {
-            Some(password) => {
-                uri.replacen("//", &format!("//{}:{password}@", user.name()), 1)
-                    + "&authSource=admin"
-            }
+            Some(password) => uri.replacen("//", &format!("//{}:{password}@", user.name()), 1) + "&authSource=admin",
             None => uri,
         }
     }
@@ -200,11 +182,7 @@ impl ReplicaSet {
         let primary = self.primary().await?;
         let seconds = if self.members() == 1 { 1 } else { 10 };
         let command = doc! { "replSetStepDown": seconds, "secondaryCatchUpPeriodSecs": seconds / 2, "force": true };
-        self.member_client(primary, User::Root)?
-            .database("admin")
-            .run_command(command)
-            .await
-            .context("step down")?;
+        self.member_client(primary, User::Root)?.database("admin").run_command(command).await.context("step down")?;
         Ok(())
     }
 
@@ -224,56 +202,29 @@ impl Drop for ReplicaSet {
 impl Servers {
     fn start(options: &Options) -> Result<Self> {
         let folder = Scratch::new("mongo")?;
-        let secret = options
-            .auth
-            .then(|| uuid::Uuid::new_v4().simple().to_string());
+        let secret = options.auth.then(|| uuid::Uuid::new_v4().simple().to_string());
         let key_file = folder.path().join("key");
         if let Some(secret) = &secret {
             pki::write(&key_file, secret.as_bytes(), 0o600)?;
         }
         let tls = options.tls.as_ref().map(|pki| pki.mongod()).transpose()?;
         let key_file = secret.as_ref().map(|_| key_file.as_path());
-        let start = |member: usize| {
-            Member::start(
-                &folder.path().join(member.to_string()),
-                options,
-                key_file,
-                tls.as_ref(),
-            )
-        };
-        let members = (0..options.members)
-            .map(start)
-            .collect::<Result<Vec<_>>>()?;
-        let host = |member: &Member| ServerAddress::Tcp {
-            host: "127.0.0.1".to_owned(),
-            port: Some(member.port.number()),
-        };
+        let start =
+            |member: usize| Member::start(&folder.path().join(member.to_string()), options, key_file, tls.as_ref());
+        let members = (0..options.members).map(start).collect::<Result<Vec<_>>>()?;
+        let host =
+            |member: &Member| ServerAddress::Tcp { host: "127.0.0.1".to_owned(), port: Some(member.port.number()) };
         let hosts = members.iter().map(host).collect();
-        let access = Access {
-            replica_set: options.name.clone(),
-            hosts,
-            secret,
-            tls,
-        };
-        Ok(Self {
-            access,
-            members: members.into_iter().map(Mutex::new).collect(),
-            _pki: options.tls.clone(),
-            folder,
-        })
+        let access = Access { replica_set: options.name.clone(), hosts, secret, tls };
+        Ok(Self { access, members: members.into_iter().map(Mutex::new).collect(), _pki: options.tls.clone(), folder })
     }
 
     fn member(&self, member: usize) -> MutexGuard<'_, Member> {
-        self.members[member]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.members[member].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn access_of(&self, member: usize) -> Access {
-        Access {
-            hosts: vec![self.access.hosts[member].clone()],
-            ..self.access.clone()
-        }
+        Access { hosts: vec![self.access.hosts[member].clone()], ..self.access.clone() }
     }
 
     /// Whether every member runs, after letting stopped ones go on.

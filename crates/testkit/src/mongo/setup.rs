@@ -18,10 +18,7 @@ pub(super) async fn initiate(access: &Access) -> Result<()> {
     let first = access.connect(None, Some(0))?;
     answering(access).await?;
     let admin = first.database("admin");
-    admin
-        .run_command(doc! { "replSetInitiate": configuration(access) })
-        .await
-        .context("initiate the replica set")?;
+    admin.run_command(doc! { "replSetInitiate": configuration(access) }).await.context("initiate the replica set")?;
     wait::until("the first primary", START, || async {
         let hello = admin.run_command(doc! { "hello": 1 }).await?;
         ensure!(says(&hello, "isWritablePrimary"), "hello says {hello}");
@@ -41,19 +38,15 @@ pub(super) async fn initiate(access: &Access) -> Result<()> {
 pub(super) async fn answering(access: &Access) -> Result<()> {
     for host in &access.hosts {
         let address = host.to_string();
-        wait::until(&format!("mongod on {address} to listen"), START, || {
-            tokio::net::TcpStream::connect(&address)
-        })
-        .await?;
+        wait::until(&format!("mongod on {address} to listen"), START, || tokio::net::TcpStream::connect(&address))
+            .await?;
     }
     Ok(())
 }
 
 fn configuration(access: &Access) -> Document {
-    let members: Vec<Bson> = (0_i32..)
-        .zip(&access.hosts)
-        .map(|(id, host)| doc! { "_id": id, "host": host.to_string() }.into())
-        .collect();
+    let members: Vec<Bson> =
+        (0_i32..).zip(&access.hosts).map(|(id, host)| doc! { "_id": id, "host": host.to_string() }.into()).collect();
     doc! {
         "_id": &access.replica_set,
         "members": members,
@@ -64,38 +57,20 @@ fn configuration(access: &Access) -> Document {
 async fn create_others(access: &Access) -> Result<()> {
     // A driver that logs in must be new: connections made before stay unauthenticated.
     let root = access.connect(Some(User::Root), Some(0))?;
-    root.database("admin")
-        .run_command(farshore_role())
-        .await
-        .context("create the role farshore")?;
+    root.database("admin").run_command(farshore_role()).await.context("create the role farshore")?;
     let any = |role: &str| doc! { "role": role, "db": "admin" };
-    create_user(
-        access,
-        &root,
-        User::App,
-        &[any("readWriteAnyDatabase"), any("dbAdminAnyDatabase")],
-    )
-    .await?;
+    create_user(access, &root, User::App, &[any("readWriteAnyDatabase"), any("dbAdminAnyDatabase")]).await?;
     create_user(access, &root, User::Farshore, &[any("farshore")]).await
 }
 
-async fn create_user(
-    access: &Access,
-    client: &Client,
-    user: User,
-    roles: &[Document],
-) -> Result<()> {
+async fn create_user(access: &Access, client: &Client, user: User, roles: &[Document]) -> Result<()> {
     let command = doc! {
         "createUser": user.name(),
         "pwd": access.password(user).context("a password needs auth")?,
         "mechanisms": ["SCRAM-SHA-256"],
         "roles": roles,
     };
-    client
-        .database("admin")
-        .run_command(command)
-        .await
-        .with_context(|| format!("create user {}", user.name()))?;
+    client.database("admin").run_command(command).await.with_context(|| format!("create user {}", user.name()))?;
     Ok(())
 }
 
@@ -103,21 +78,11 @@ async fn create_user(
 pub(super) async fn all_in_service(access: &Access) -> Result<()> {
     for member in 0..access.hosts.len() {
         let client = access.connect(Some(User::Root), Some(member))?;
-        wait::until(
-            &format!("member {member} to be in service"),
-            START,
-            || async {
-                let hello = client
-                    .database("admin")
-                    .run_command(doc! { "hello": 1 })
-                    .await?;
-                ensure!(
-                    says(&hello, "isWritablePrimary") || says(&hello, "secondary"),
-                    "hello says {hello}"
-                );
-                Ok(())
-            },
-        )
+        wait::until(&format!("member {member} to be in service"), START, || async {
+            let hello = client.database("admin").run_command(doc! { "hello": 1 }).await?;
+            ensure!(says(&hello, "isWritablePrimary") || says(&hello, "secondary"), "hello says {hello}");
+            Ok(())
+        })
         .await?;
     }
     Ok(())

@@ -38,21 +38,14 @@ pub(super) async fn take(kind: Warm) -> Result<ReplicaSet> {
         return Ok(set);
     }
     let members = if kind == Warm::Three { 3 } else { 1 };
-    let set = ReplicaSet::start(Options {
-        members,
-        auth: kind != Warm::Open,
-        ..Options::default()
-    })
-    .await?;
+    let set = ReplicaSet::start(Options { members, auth: kind != Warm::Open, ..Options::default() }).await?;
     Ok(set.pooled(kind))
 }
 
 pub(super) fn give_back(kind: Warm, servers: Arc<Servers>) {
     // A test that failed may have left anything: its servers go, their logs stay.
     if !std::thread::panicking() {
-        IDLE.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((kind, servers));
+        IDLE.lock().unwrap_or_else(PoisonError::into_inner).push((kind, servers));
     }
 }
 
@@ -68,18 +61,9 @@ async fn clean(set: &ReplicaSet) -> Result<()> {
     set.wait_primary(Duration::from_secs(30)).await?;
     let client = set.client(User::Root)?;
     let admin = client.database("admin");
-    admin
-        .run_command(doc! { "killAllSessions": [] })
-        .await
-        .context("kill sessions")?;
-    let status: Document = admin
-        .run_command(doc! { "serverStatus": 1 })
-        .await
-        .context("read serverStatus")?;
-    let blocked = status
-        .get_document("repl")
-        .ok()
-        .and_then(|repl| repl.get("userWriteBlockMode").cloned());
+    admin.run_command(doc! { "killAllSessions": [] }).await.context("kill sessions")?;
+    let status: Document = admin.run_command(doc! { "serverStatus": 1 }).await.context("read serverStatus")?;
+    let blocked = status.get_document("repl").ok().and_then(|repl| repl.get("userWriteBlockMode").cloned());
     // 1: not blocked; an unset mode is not reported.
     if blocked.is_some_and(|mode| mode != 1.into()) {
         admin
@@ -87,11 +71,7 @@ async fn clean(set: &ReplicaSet) -> Result<()> {
             .await
             .context("lift the write block")?;
     }
-    for name in client
-        .list_database_names()
-        .await
-        .context("list databases")?
-    {
+    for name in client.list_database_names().await.context("list databases")? {
         if !matches!(name.as_str(), "admin" | "config" | "local") {
             let database = client.database(&name);
             let drop = database.drop().write_concern(WriteConcern::majority());

@@ -52,12 +52,7 @@ pub struct Injector {
 impl Injector {
     /// No faults until [`Self::set`].
     pub fn new(seed: u64) -> Self {
-        Self {
-            faults: Faults::default(),
-            random: StdRng::seed_from_u64(seed),
-            counts: Counts::default(),
-            held: None,
-        }
+        Self { faults: Faults::default(), random: StdRng::seed_from_u64(seed), counts: Counts::default(), held: None }
     }
 
     /// Faults from the next frame on.
@@ -152,21 +147,11 @@ mod tests {
 
     fn batch(number: u8) -> Frame {
         let record = Bytes::from(vec![number; 100]);
-        Frame {
-            body: Some(Body::Batch(Batch {
-                record,
-                ..Batch::default()
-            })),
-        }
+        Frame { body: Some(Body::Batch(Batch { record, ..Batch::default() })) }
     }
 
     fn ack(credit: u64) -> Frame {
-        Frame {
-            body: Some(Body::Ack(Ack {
-                credit,
-                ..Ack::default()
-            })),
-        }
+        Frame { body: Some(Body::Ack(Ack { credit, ..Ack::default() })) }
     }
 
     fn run(seed: u64, faults: Faults) -> (Vec<Frame>, Counts) {
@@ -180,19 +165,9 @@ mod tests {
     #[test]
     fn without_faults_everything_passes_in_order() {
         let (arrived, counts) = run(1, Faults::default());
-        let sent: Vec<Frame> = (0..200_u8)
-            .flat_map(|number| [batch(number), ack(number.into())])
-            .collect();
+        let sent: Vec<Frame> = (0..200_u8).flat_map(|number| [batch(number), ack(number.into())]).collect();
         assert_eq!(arrived, sent);
-        assert_eq!(
-            counts,
-            Counts {
-                frames: 400,
-                batches: 200,
-                acks: 200,
-                ..Counts::default()
-            }
-        );
+        assert_eq!(counts, Counts { frames: 400, batches: 200, acks: 200, ..Counts::default() });
     }
 
     #[test]
@@ -222,39 +197,22 @@ mod tests {
     #[test]
     fn a_swapped_batch_comes_after_the_next_frame() {
         let mut injector = Injector::new(1);
-        injector.set(Faults {
-            batch_swap: 1.0,
-            ..Faults::default()
-        });
+        injector.set(Faults { batch_swap: 1.0, ..Faults::default() });
         assert!(injector.on(batch(1)).is_empty());
         assert_eq!(injector.on(batch(2)), [batch(2), batch(1)]);
         assert!(injector.on(batch(3)).is_empty());
         injector.reset();
-        let hello = Frame {
-            body: Some(Body::Hello(Hello::default())),
-        };
+        let hello = Frame { body: Some(Body::Hello(Hello::default())) };
         assert_eq!(injector.on(hello.clone()), [hello]);
     }
 
     #[test]
     fn corruption_changes_exactly_one_byte_of_the_record() {
-        let (arrived, counts) = run(
-            3,
-            Faults {
-                batch_corrupt: 1.0,
-                ..Faults::default()
-            },
-        );
+        let (arrived, counts) = run(3, Faults { batch_corrupt: 1.0, ..Faults::default() });
         assert_eq!(counts.batch_corruptions, 200);
         for (number, frame) in arrived.iter().step_by(2).enumerate() {
-            let Some(Body::Batch(batch)) = &frame.body else {
-                panic!("not a batch: {frame:?}")
-            };
-            let changed = batch
-                .record
-                .iter()
-                .filter(|byte| usize::from(**byte) != number)
-                .count();
+            let Some(Body::Batch(batch)) = &frame.body else { panic!("not a batch: {frame:?}") };
+            let changed = batch.record.iter().filter(|byte| usize::from(**byte) != number).count();
             assert_eq!((batch.record.len(), changed), (100, 1));
         }
     }

@@ -47,20 +47,12 @@ struct Shared {
 
 impl GrpcProxy {
     /// Stands between an agent with `dialling`'s certificate and the agent at `target`, which has `listening`'s.
-    pub async fn start(
-        target: SocketAddr,
-        dialling: &Identity,
-        listening: &Identity,
-        seed: u64,
-    ) -> Result<Self> {
+    pub async fn start(target: SocketAddr, dialling: &Identity, listening: &Identity, seed: u64) -> Result<Self> {
         let port = Port::take()?;
         let shared = Arc::new(Shared {
             target,
             client: dialling.client_config()?,
-            injectors: [
-                Mutex::new(Injector::new(seed)),
-                Mutex::new(Injector::new(!seed)),
-            ],
+            injectors: [Mutex::new(Injector::new(seed)), Mutex::new(Injector::new(!seed))],
             sessions: AtomicU64::new(0),
             cuts: watch::channel(0).0,
         });
@@ -88,14 +80,12 @@ impl GrpcProxy {
 
     /// Faults of one direction from the next frame on.
     pub fn set_faults(&self, direction: Direction, faults: Faults) {
-        self.shared
-            .injector(direction, |injector| injector.set(faults));
+        self.shared.injector(direction, |injector| injector.set(faults));
     }
 
     /// What has happened in one direction.
     pub fn counts(&self, direction: Direction) -> Counts {
-        self.shared
-            .injector(direction, |injector| injector.counts())
+        self.shared.injector(direction, |injector| injector.counts())
     }
 
     /// Sessions opened so far.
@@ -118,20 +108,11 @@ impl Drop for GrpcProxy {
 
 impl Shared {
     fn injector<T>(&self, direction: Direction, call: impl FnOnce(&mut Injector) -> T) -> T {
-        call(
-            &mut self.injectors[direction as usize]
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
+        call(&mut self.injectors[direction as usize].lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Passes frames of one direction on through its injector until either end closes.
-    async fn pass(
-        &self,
-        direction: Direction,
-        mut from: Streaming<Frame>,
-        to: &mpsc::Sender<Result<Frame, Status>>,
-    ) {
+    async fn pass(&self, direction: Direction, mut from: Streaming<Frame>, to: &mpsc::Sender<Result<Frame, Status>>) {
         loop {
             let frame = tokio::select! {
                 () = to.closed() => return,
@@ -170,10 +151,7 @@ impl Shared {
                 .max_encoding_message_size(usize::MAX);
             let request = ReceiverStream::new(outgoing).map_while(Result::ok);
             match client.session(request).await {
-                Ok(response) => {
-                    self.pass(Direction::Back, response.into_inner(), &to_dialler)
-                        .await
-                }
+                Ok(response) => self.pass(Direction::Back, response.into_inner(), &to_dialler).await,
                 Err(status) => drop(to_dialler.send(Err(status)).await),
             }
         };
@@ -192,13 +170,9 @@ struct Service(Arc<Shared>);
 impl Replication for Service {
     type SessionStream = ReceiverStream<Result<Frame, Status>>;
 
-    async fn session(
-        &self,
-        request: Request<Streaming<Frame>>,
-    ) -> Result<Response<Self::SessionStream>, Status> {
+    async fn session(&self, request: Request<Streaming<Frame>>) -> Result<Response<Self::SessionStream>, Status> {
         let channel = tls::channel(self.0.target, &self.0.client).await;
-        let channel = channel
-            .map_err(|error| Status::unavailable(format!("the proxy cannot dial: {error:#}")))?;
+        let channel = channel.map_err(|error| Status::unavailable(format!("the proxy cannot dial: {error:#}")))?;
         self.0.sessions.fetch_add(1, Ordering::Relaxed);
         for direction in [Direction::Forward, Direction::Back] {
             self.0.injector(direction, Injector::reset);

@@ -74,21 +74,10 @@ impl TcpProxy {
         let (open, open_seen) = watch::channel(true);
         let (set_listening, listening) = watch::channel(false);
         let connections = Arc::new(AtomicU64::new(0));
-        let server = Server {
-            port: Arc::clone(&port),
-            target,
-            lanes: lanes.clone(),
-            connections: Arc::clone(&connections),
-        };
+        let server =
+            Server { port: Arc::clone(&port), target, lanes: lanes.clone(), connections: Arc::clone(&connections) };
         let task = tokio::spawn(server.run(open_seen, set_listening));
-        let proxy = Self {
-            port,
-            lanes,
-            open,
-            listening,
-            connections,
-            task,
-        };
+        let proxy = Self { port, lanes, open, listening, connections, task };
         proxy.reached(true).await?;
         Ok(proxy)
     }
@@ -128,9 +117,7 @@ impl TcpProxy {
 
     /// Changes the conditions of one direction.
     pub fn change(&self, direction: Direction, change: impl FnOnce(&mut Conditions)) {
-        self.lanes[direction as usize]
-            .conditions
-            .send_modify(change);
+        self.lanes[direction as usize].conditions.send_modify(change);
     }
 
     /// Bytes delivered in one direction.
@@ -151,14 +138,8 @@ impl TcpProxy {
 
     async fn reached(&self, listening: bool) -> Result<()> {
         let mut seen = self.listening.clone();
-        let reached = timeout(
-            Duration::from_secs(10),
-            seen.wait_for(|now| *now == listening),
-        )
-        .await;
-        reached
-            .context("the proxy's port does not follow")?
-            .context("the proxy has ended")?;
+        let reached = timeout(Duration::from_secs(10), seen.wait_for(|now| *now == listening)).await;
+        reached.context("the proxy's port does not follow")?.context("the proxy has ended")?;
         Ok(())
     }
 }
@@ -172,11 +153,7 @@ impl Drop for TcpProxy {
 impl Lane {
     fn new() -> Self {
         let conditions = watch::channel(Conditions::default()).0;
-        Self {
-            conditions,
-            free_at: Mutex::new(Instant::now()),
-            bytes: AtomicU64::new(0),
-        }
+        Self { conditions, free_at: Mutex::new(Instant::now()), bytes: AtomicU64::new(0) }
     }
 
     /// When `bytes` may leave, by the bandwidth; takes the time they need.
@@ -245,10 +222,7 @@ async fn connection(dialler: TcpStream, target: SocketAddr, [forward, back]: [Ar
     let (from_dialler, to_dialler) = dialler.into_split();
     let (from_listener, to_listener) = listener.into_split();
     // An end of one direction (a half-close) is passed on; an error ends both.
-    let _ = tokio::try_join!(
-        pump(from_dialler, to_listener, forward),
-        pump(from_listener, to_dialler, back)
-    );
+    let _ = tokio::try_join!(pump(from_dialler, to_listener, forward), pump(from_listener, to_dialler, back));
 }
 
 async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, lane: Arc<Lane>) -> std::io::Result<()> {
@@ -257,11 +231,7 @@ async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, lane: Arc<Lane>) -> std::
     Ok(())
 }
 
-async fn read(
-    mut from: OwnedReadHalf,
-    queue: mpsc::Sender<(Instant, Vec<u8>)>,
-    lane: &Lane,
-) -> std::io::Result<()> {
+async fn read(mut from: OwnedReadHalf, queue: mpsc::Sender<(Instant, Vec<u8>)>, lane: &Lane) -> std::io::Result<()> {
     loop {
         let mut chunk = vec![0; CHUNK];
         let length = from.read(&mut chunk).await?;
@@ -285,10 +255,7 @@ async fn write(
     while let Some((due, chunk)) = queue.recv().await {
         sleep_until(due).await;
         sleep_until(lane.reserve(chunk.len())).await;
-        let released = conditions
-            .wait_for(|conditions| !conditions.hold)
-            .await
-            .is_ok();
+        let released = conditions.wait_for(|conditions| !conditions.hold).await.is_ok();
         if !released {
             break;
         }

@@ -43,27 +43,17 @@ pub async fn channel(target: SocketAddr, config: &Arc<ClientConfig>) -> Result<C
         .connect_timeout(HANDSHAKE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW);
-    endpoint
-        .connect_with_connector(connector)
-        .await
-        .with_context(|| format!("connect to {target}"))
+    endpoint.connect_with_connector(connector).await.with_context(|| format!("connect to {target}"))
 }
 
 /// Connections that have passed the handshake, for `serve_with_incoming`; others are closed. Ends when dropped.
-pub fn incoming(
-    listener: TcpListener,
-    config: Arc<ServerConfig>,
-) -> ReceiverStream<std::io::Result<TlsIo>> {
+pub fn incoming(listener: TcpListener, config: Arc<ServerConfig>) -> ReceiverStream<std::io::Result<TlsIo>> {
     let (ready, connections) = mpsc::channel(16);
     tokio::spawn(accept(listener, TlsAcceptor::from(config), ready));
     ReceiverStream::new(connections)
 }
 
-async fn accept(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    ready: mpsc::Sender<std::io::Result<TlsIo>>,
-) {
+async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<std::io::Result<TlsIo>>) {
     let mut handshakes = JoinSet::new();
     loop {
         tokio::select! {
@@ -103,11 +93,7 @@ impl AsyncRead for TlsIo {
 }
 
 impl AsyncWrite for TlsIo {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, bytes)
     }
 
@@ -115,10 +101,7 @@ impl AsyncWrite for TlsIo {
         Pin::new(&mut self.0).poll_flush(cx)
     }
 
-    fn poll_shutdown(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-    ) -> Poll<std::io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }

@@ -31,11 +31,7 @@ pub struct ConstantSum {
 impl ConstantSum {
     pub fn new(seed: u64, database: &str, accounts: i32) -> Self {
         let rng = StdRng::seed_from_u64(seed);
-        Self {
-            database: database.to_owned(),
-            accounts: accounts.max(2),
-            rng,
-        }
+        Self { database: database.to_owned(), accounts: accounts.max(2), rng }
     }
 
     /// The sum that every reader must see.
@@ -58,14 +54,8 @@ impl ConstantSum {
         for name in COLLECTIONS {
             let accounts = (0..self.accounts).map(|n| doc! { "_id": n, "balance": BALANCE });
             let collection = client.database(&self.database).collection::<Document>(name);
-            collection
-                .delete_many(doc! {})
-                .session(&mut session)
-                .await?;
-            collection
-                .insert_many(accounts)
-                .session(&mut session)
-                .await?;
+            collection.delete_many(doc! {}).session(&mut session).await?;
+            collection.insert_many(accounts).session(&mut session).await?;
         }
         session.commit_transaction().await
     }
@@ -93,14 +83,8 @@ impl ConstantSum {
 
     async fn transfer(&mut self, client: &Client) -> mongodb::error::Result<()> {
         let amount = self.rng.random_range(1..50_i64);
-        let from = (
-            self.rng.random_range(0..2),
-            self.rng.random_range(0..self.accounts),
-        );
-        let mut to = (
-            self.rng.random_range(0..2),
-            self.rng.random_range(0..self.accounts),
-        );
+        let from = (self.rng.random_range(0..2), self.rng.random_range(0..self.accounts));
+        let mut to = (self.rng.random_range(0..2), self.rng.random_range(0..self.accounts));
         if to == from {
             to.0 = 1 - to.0;
         }
@@ -109,10 +93,7 @@ impl ConstantSum {
             client
                 .database(&self.database)
                 .collection::<Document>(COLLECTIONS[side])
-                .update_one(
-                    doc! { "_id": account },
-                    doc! { "$inc": { "balance": change } },
-                )
+                .update_one(doc! { "_id": account }, doc! { "$inc": { "balance": change } })
                 .session(&mut session)
                 .await?;
         }
@@ -150,10 +131,7 @@ impl ConstantSum {
             let mut cursor = collection.find(doc! {}).session(&mut session).await?;
             let found: Vec<Document> = cursor.stream(&mut session).try_collect().await?;
             accounts += found.len() as i64;
-            sum += found
-                .iter()
-                .filter_map(|account| account.get_i64("balance").ok())
-                .sum::<i64>();
+            sum += found.iter().filter_map(|account| account.get_i64("balance").ok()).sum::<i64>();
         }
         Ok((accounts, sum))
     }
@@ -161,9 +139,6 @@ impl ConstantSum {
 
 async fn begin(client: &Client) -> mongodb::error::Result<ClientSession> {
     let mut session = client.start_session().await?;
-    session
-        .start_transaction()
-        .write_concern(WriteConcern::majority())
-        .await?;
+    session.start_transaction().write_concern(WriteConcern::majority()).await?;
     Ok(session)
 }

@@ -37,13 +37,8 @@ impl Ledger {
     }
 
     pub(super) async fn check(&self, client: &Client, database: &str) -> Result<()> {
-        let found: Vec<Document> = client
-            .database(database)
-            .collection::<Document>(COLLECTION)
-            .find(doc! {})
-            .await?
-            .try_collect()
-            .await?;
+        let found: Vec<Document> =
+            client.database(database).collection::<Document>(COLLECTION).find(doc! {}).await?.try_collect().await?;
         let mut values = BTreeMap::new();
         for document in &found {
             let (counter, n) = verify(document)?;
@@ -88,12 +83,7 @@ impl Counters {
     /// Counters in this database; one `Counters` per database.
     pub fn new(seed: u64, database: &str) -> Self {
         let rng = StdRng::seed_from_u64(seed);
-        Self {
-            database: database.to_owned(),
-            rng,
-            next: 0,
-            ledger: Ledger::default(),
-        }
+        Self { database: database.to_owned(), rng, next: 0, ledger: Ledger::default() }
     }
 
     /// Increments until the condition is met; returns how many were acknowledged.
@@ -108,10 +98,7 @@ impl Counters {
             let update = doc! { "$inc": { "n": 1_i64 }, "$push": { "seen": self.next } };
             let step = Step::upsert(&ns, doc! { "_id": counter }, update);
             let mut command = step.command;
-            command.append(
-                bson::raw::cstr!("writeConcern"),
-                bson::rawdoc! { "w": "majority" },
-            );
+            command.append(bson::raw::cstr!("writeConcern"), bson::rawdoc! { "w": "majority" });
             match retry::send(&db, command, None, &[], false).await? {
                 Reply::Again(_) => {
                     self.ledger.unknown(counter);

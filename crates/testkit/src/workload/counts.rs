@@ -31,10 +31,7 @@ pub struct Counts {
 impl Counts {
     /// Operations of all kinds and outcomes.
     pub fn operations(&self) -> u64 {
-        self.kinds
-            .values()
-            .map(|t| t.done + t.idle + t.refused + t.unknown)
-            .sum()
+        self.kinds.values().map(|t| t.done + t.idle + t.refused + t.unknown).sum()
     }
 
     /// Operations that changed something.
@@ -69,20 +66,10 @@ impl Counts {
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{} operations, {} changed something, {} retries",
-            self.operations(),
-            self.done(),
-            self.retries
-        )?;
+        writeln!(f, "{} operations, {} changed something, {} retries", self.operations(), self.done(), self.retries)?;
         for (kind, tally) in &self.kinds {
             write!(f, "  {:<40} {:>7}", kind.name(), tally.done)?;
-            let rest = [
-                ("idle", tally.idle),
-                ("refused", tally.refused),
-                ("unknown", tally.unknown),
-            ];
+            let rest = [("idle", tally.idle), ("refused", tally.refused), ("unknown", tally.unknown)];
             for (name, count) in rest {
                 if count > 0 {
                     write!(f, "  {name} {count}")?;

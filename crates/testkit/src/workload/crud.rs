@@ -39,16 +39,12 @@ impl Generator {
             }
             Kind::FindAndRemove => {
                 let (ns, slot) = self.take_standard()?;
-                let command =
-                    doc! { "findAndModify": &ns.1, "query": { "_id": slot.id }, "remove": true };
+                let command = doc! { "findAndModify": &ns.1, "query": { "_id": slot.id }, "remove": true };
                 Some(Op::crud(kind, vec![Step::new(&ns.0, command)]))
             }
             Kind::DeleteOne => {
                 let (ns, slot) = self.take_standard()?;
-                Some(Op::crud(
-                    kind,
-                    vec![Step::delete(&ns, doc! { "_id": slot.id }, 1)],
-                ))
+                Some(Op::crud(kind, vec![Step::delete(&ns, doc! { "_id": slot.id }, 1)]))
             }
             Kind::DeleteMany => self.delete_many(),
             Kind::IdTypeSwap => self.id_type_swap(),
@@ -93,10 +89,7 @@ impl Generator {
         let command = doc! {
             "insert": &ns.1, "documents": [document], "bypassDocumentValidation": true,
         };
-        Some(Op::crud(
-            Kind::InsertBypass,
-            vec![Step::new(&ns.0, command)],
-        ))
+        Some(Op::crud(Kind::InsertBypass, vec![Step::new(&ns.0, command)]))
     }
 
     fn insert_duplicate_keys(&mut self) -> Option<Op> {
@@ -107,10 +100,7 @@ impl Generator {
         documents.push(values::duplicate_keys(&mut self.rng, slot.id, group));
         let mut command: RawDocumentBuf = rawdoc! { "insert": ns.1.as_str() };
         command.append(bson::raw::cstr!("documents"), documents);
-        let step = Step {
-            database: ns.0,
-            command,
-        };
+        let step = Step { database: ns.0, command };
         Some(Op::crud(Kind::InsertDuplicateKeys, vec![step]))
     }
 
@@ -132,16 +122,9 @@ impl Generator {
         let fresh = values::standard(&mut self.rng, slot.id.clone(), slot.group, slot.unique);
         let document: Document = fresh
             .into_iter()
-            .filter(|(name, _)| {
-                ["_id", "g", "u"].contains(&name.as_str()) || self.rng.random_bool(0.5)
-            })
+            .filter(|(name, _)| ["_id", "g", "u"].contains(&name.as_str()) || self.rng.random_bool(0.5))
             .collect();
-        Some(Self::update(
-            Kind::ReplaceHalf,
-            &ns,
-            doc! { "_id": slot.id },
-            document,
-        ))
+        Some(Self::update(Kind::ReplaceHalf, &ns, doc! { "_id": slot.id }, document))
     }
 
     fn replace_reordered(&mut self) -> Option<Op> {
@@ -150,12 +133,7 @@ impl Generator {
         let mut fields: Vec<_> = fresh.into_iter().collect();
         fields.shuffle(&mut self.rng);
         let document: Document = fields.into_iter().collect();
-        Some(Self::update(
-            Kind::ReplaceReordered,
-            &ns,
-            doc! { "_id": slot.id },
-            document,
-        ))
+        Some(Self::update(Kind::ReplaceReordered, &ns, doc! { "_id": slot.id }, document))
     }
 
     fn upsert(&mut self, kind: Kind) -> Option<Op> {
@@ -166,10 +144,8 @@ impl Generator {
         let update = if kind == Kind::UpsertReplace {
             document
         } else {
-            let (set, on_insert): (Document, Document) = document
-                .into_iter()
-                .filter(|(name, _)| name != "_id")
-                .partition(|(name, _)| name.as_str() < "h");
+            let (set, on_insert): (Document, Document) =
+                document.into_iter().filter(|(name, _)| name != "_id").partition(|(name, _)| name.as_str() < "h");
             doc! { "$set": set, "$setOnInsert": on_insert }
         };
         Some(Op::crud(kind, vec![Step::upsert(&ns, filter, update)]))
@@ -177,10 +153,7 @@ impl Generator {
 
     fn delete_many(&mut self) -> Option<Op> {
         let (ns, slot) = self.standard()?;
-        self.model
-            .coll(&ns)
-            .slots
-            .retain(|other| other.group != slot.group);
+        self.model.coll(&ns).slots.retain(|other| other.group != slot.group);
         let step = Step::delete(&ns, doc! { "g": slot.group }, 0);
         Some(Op::crud(Kind::DeleteMany, vec![step]))
     }
@@ -200,16 +173,11 @@ impl Generator {
         self.model.coll(&ns).slots[position].id = other.clone();
         let document = values::standard(&mut self.rng, other, slot.group, slot.unique);
         let delete = Step::delete(&ns, doc! { "_id": slot.id }, 1);
-        Some(Op::crud(
-            Kind::IdTypeSwap,
-            vec![delete, Step::insert(&ns, vec![document])],
-        ))
+        Some(Op::crud(Kind::IdTypeSwap, vec![delete, Step::insert(&ns, vec![document])]))
     }
 
     fn unique_coll(&mut self) -> Option<Ns> {
-        self.pick_where(|coll| {
-            coll.flavour == Flavour::Unique && coll.of_shape(Shape::Standard).len() >= 2
-        })
+        self.pick_where(|coll| coll.flavour == Flavour::Unique && coll.of_shape(Shape::Standard).len() >= 2)
     }
 
     /// Two documents swap a unique value through a temporary.
@@ -224,11 +192,7 @@ impl Generator {
         slots[first].unique = b.unique;
         slots[second].unique = a.unique;
         let set = |slot: &Slot, unique: i64| {
-            Step::update(
-                &ns,
-                doc! { "_id": slot.id.clone() },
-                doc! { "$set": { "u": unique } },
-            )
+            Step::update(&ns, doc! { "_id": slot.id.clone() }, doc! { "$set": { "u": unique } })
         };
         let steps = vec![set(&a, -a.unique), set(&b, a.unique), set(&a, b.unique)];
         Some(Op::crud(Kind::UniqueSwap, steps))
@@ -241,17 +205,11 @@ impl Generator {
         let position = found[self.rng.random_range(0..found.len())];
         let old = self.model.coll(&ns).slots.remove(position);
         let id = self.fresh_id(&ns);
-        let slot = Slot {
-            id: id.clone(),
-            ..old
-        };
+        let slot = Slot { id: id.clone(), ..old };
         self.model.coll(&ns).slots.push(slot);
         let document = values::standard(&mut self.rng, id, old.group, old.unique);
         let delete = Step::delete(&ns, doc! { "_id": old.id }, 1);
-        Some(Op::crud(
-            Kind::UniqueReuse,
-            vec![delete, Step::insert(&ns, vec![document])],
-        ))
+        Some(Op::crud(Kind::UniqueReuse, vec![delete, Step::insert(&ns, vec![document])]))
     }
 
     /// One increment with an identity of its own, so that one applied twice shows.
@@ -259,16 +217,9 @@ impl Generator {
         let increment = self.serial();
         let lane = self.rng.random_range(0..8);
         let counter = (increment / INCREMENTS_PER_COUNTER * 8 + lane) as i32;
-        let ns = (
-            self.model.databases[0].clone(),
-            super::counters::COLLECTION.to_owned(),
-        );
+        let ns = (self.model.databases[0].clone(), super::counters::COLLECTION.to_owned());
         let update = doc! { "$inc": { "n": 1_i64 }, "$push": { "seen": increment } };
         let step = Step::upsert(&ns, doc! { "_id": counter }, update);
-        Op {
-            mode: Mode::Counter(counter),
-            majority: true,
-            ..Op::crud(Kind::CounterInc, vec![step])
-        }
+        Op { mode: Mode::Counter(counter), majority: true, ..Op::crud(Kind::CounterInc, vec![step]) }
     }
 }

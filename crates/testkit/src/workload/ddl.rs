@@ -48,21 +48,14 @@ impl Generator {
             }
             Flavour::Clustered => {
                 kind = Kind::CreateClustered;
-                command.insert(
-                    "clusteredIndex",
-                    doc! { "key": { "_id": 1 }, "unique": true },
-                );
+                command.insert("clusteredIndex", doc! { "key": { "_id": 1 }, "unique": true });
             }
         }
         let mut steps = vec![Step::new(&ns.0, command)];
         if flavour == Flavour::Unique {
             coll.indexes.insert("unique");
-            let index =
-                doc! { "key": { "u": 1 }, "name": "unique", "unique": true, "sparse": true };
-            steps.push(Step::new(
-                &ns.0,
-                doc! { "createIndexes": &ns.1, "indexes": [index] },
-            ));
+            let index = doc! { "key": { "u": 1 }, "name": "unique", "unique": true, "sparse": true };
+            steps.push(Step::new(&ns.0, doc! { "createIndexes": &ns.1, "indexes": [index] }));
         }
         self.model.colls.insert(ns.clone(), coll);
         Op::ddl(kind, steps, &[48])
@@ -84,11 +77,7 @@ impl Generator {
         let old = self.model.colls.remove(&ns)?;
         let mut steps = vec![Step::new(&ns.0, doc! { "drop": &ns.1 })];
         if kind == Kind::DropRecreate {
-            let flavour = if self.rng.random() {
-                old.flavour
-            } else {
-                Flavour::Plain
-            };
+            let flavour = if self.rng.random() { old.flavour } else { Flavour::Plain };
             steps.extend(self.create(&ns, flavour).steps);
             let group = self.serial() as i32;
             let documents = (0..5).map(|_| self.new_document(&ns, group)).collect();
@@ -103,10 +92,7 @@ impl Generator {
         self.model.colls.retain(|ns, _| ns.0 != database);
         self.model.views.retain(|ns, _| ns.0 != database);
         let mut steps = vec![Step::new(&database, doc! { "dropDatabase": 1 })];
-        for (n, flavour) in [Flavour::Plain, Flavour::Unique, Flavour::Validator]
-            .iter()
-            .enumerate()
-        {
+        for (n, flavour) in [Flavour::Plain, Flavour::Unique, Flavour::Validator].iter().enumerate() {
             let ns = (database.clone(), format!("c{n}"));
             steps.extend(self.create(&ns, *flavour).steps);
             let group = self.serial() as i32;
@@ -123,10 +109,7 @@ impl Generator {
         for _ in 0..hops {
             let database = from.0.clone();
             let pool = super::txn::COLLECTION_POOL;
-            let to = (
-                database.clone(),
-                self.model.free_name(&mut self.rng, &database, "c", pool)?,
-            );
+            let to = (database.clone(), self.model.free_name(&mut self.rng, &database, "c", pool)?);
             let coll = self.model.colls.remove(&from)?;
             self.model.colls.insert(to.clone(), coll);
             steps.push(rename_step(&from, &to, false));
@@ -137,16 +120,10 @@ impl Generator {
 
     fn rename_drop_target(&mut self) -> Option<Op> {
         let to = self.expendable()?;
-        let from = self
-            .model
-            .pick(&mut self.rng, |ns, _| ns.0 == to.0 && *ns != to)?;
+        let from = self.model.pick(&mut self.rng, |ns, _| ns.0 == to.0 && *ns != to)?;
         let coll = self.model.colls.remove(&from)?;
         self.model.colls.insert(to.clone(), coll);
-        Some(Op::ddl(
-            Kind::RenameDropTarget,
-            vec![rename_step(&from, &to, true)],
-            &[],
-        ))
+        Some(Op::ddl(Kind::RenameDropTarget, vec![rename_step(&from, &to, true)], &[]))
     }
 
     fn create_index(&mut self, kind: Kind) -> Option<Op> {
@@ -166,8 +143,7 @@ impl Generator {
 
     fn drop_index(&mut self, kind: Kind) -> Option<Op> {
         // Collections whose role is their unique index keep it.
-        let ns =
-            self.pick_where(|coll| coll.flavour != Flavour::Unique && !coll.indexes.is_empty())?;
+        let ns = self.pick_where(|coll| coll.flavour != Flavour::Unique && !coll.indexes.is_empty())?;
         let coll = self.model.coll(&ns);
         let target = if kind == Kind::IndexDropAll {
             coll.indexes.clear();
@@ -216,42 +192,27 @@ impl Generator {
 
     fn view(&mut self, kind: Kind) -> Option<Op> {
         let n = self.rng.random_range(0..1000);
-        let pipeline = vec![
-            doc! { "$match": { "n": { "$gte": n } } },
-            doc! { "$set": { "x": n } },
-        ];
+        let pipeline = vec![doc! { "$match": { "n": { "$gte": n } } }, doc! { "$set": { "x": n } }];
         let (ns, command) = match kind {
             Kind::ViewCreate => {
                 let on = self.pick_where(|_| true)?;
                 let ns = self.free_view(&on.0)?;
                 self.model.views.insert(ns.clone(), on.1.clone());
-                (
-                    ns.clone(),
-                    doc! { "create": ns.1, "viewOn": on.1, "pipeline": pipeline },
-                )
+                (ns.clone(), doc! { "create": ns.1, "viewOn": on.1, "pipeline": pipeline })
             }
             Kind::ViewChain => {
                 let on = self.model.pick_view(&mut self.rng)?;
                 // A chain of more than a few hops would in the end meet the server's limit of 20.
-                self.model
-                    .views
-                    .get(&on)
-                    .filter(|below| !below.starts_with('v'))?;
+                self.model.views.get(&on).filter(|below| !below.starts_with('v'))?;
                 let ns = self.free_view(&on.0)?;
                 self.model.views.insert(ns.clone(), on.1.clone());
-                (
-                    ns.clone(),
-                    doc! { "create": ns.1, "viewOn": on.1, "pipeline": pipeline },
-                )
+                (ns.clone(), doc! { "create": ns.1, "viewOn": on.1, "pipeline": pipeline })
             }
             Kind::ViewMod => {
                 let ns = self.model.pick_view(&mut self.rng)?;
                 let on = self.model.pick(&mut self.rng, |other, _| other.0 == ns.0)?;
                 self.model.views.insert(ns.clone(), on.1.clone());
-                (
-                    ns.clone(),
-                    doc! { "collMod": ns.1, "viewOn": on.1, "pipeline": pipeline },
-                )
+                (ns.clone(), doc! { "collMod": ns.1, "viewOn": on.1, "pipeline": pipeline })
             }
             _ => {
                 let ns = self.model.pick_view(&mut self.rng)?;
@@ -263,17 +224,14 @@ impl Generator {
     }
 
     fn free_view(&mut self, database: &str) -> Option<Ns> {
-        let name = self
-            .model
-            .free_name(&mut self.rng, database, "v", VIEW_POOL)?;
+        let name = self.model.free_name(&mut self.rng, database, "v", VIEW_POOL)?;
         Some((database.to_owned(), name))
     }
 }
 
 fn rename_step(from: &Ns, to: &Ns, drop_target: bool) -> Step {
     let full = |ns: &Ns| format!("{}.{}", ns.0, ns.1);
-    let command =
-        doc! { "renameCollection": full(from), "to": full(to), "dropTarget": drop_target };
+    let command = doc! { "renameCollection": full(from), "to": full(to), "dropTarget": drop_target };
     Step::new("admin", command)
 }
 
@@ -285,38 +243,22 @@ fn validator(number: i32) -> Document {
 /// Name and specification of the index a kind stands for.
 fn index(kind: Kind) -> Option<(&'static str, Document)> {
     Some(match kind {
-        Kind::IndexUnique => (
-            "unique",
-            doc! { "key": { "u": 1 }, "unique": true, "sparse": true },
-        ),
+        Kind::IndexUnique => ("unique", doc! { "key": { "u": 1 }, "unique": true, "sparse": true }),
         Kind::IndexSparse => ("sparse", doc! { "key": { "opt": -1 }, "sparse": true }),
         Kind::IndexPartial => {
             let partial = doc! { "n": { "$gt": 100 } };
-            (
-                "partial",
-                doc! { "key": { "n": 1 }, "partialFilterExpression": partial },
-            )
+            ("partial", doc! { "key": { "n": 1 }, "partialFilterExpression": partial })
         }
-        Kind::IndexTtl => (
-            "ttl",
-            doc! { "key": { "at": 1 }, "expireAfterSeconds": NEVER },
-        ),
+        Kind::IndexTtl => ("ttl", doc! { "key": { "at": 1 }, "expireAfterSeconds": NEVER }),
         Kind::IndexHidden => ("hidden", doc! { "key": { "n": -1 }, "hidden": true }),
-        Kind::IndexCompound => (
-            "compound",
-            doc! { "key": { "n": 1, "s": -1, "nest.k": 1, "arr": 1 } },
-        ),
-        Kind::IndexText => (
-            "text",
-            doc! { "key": { "s": "text" }, "default_language": "none", "weights": { "s": 3 } },
-        ),
+        Kind::IndexCompound => ("compound", doc! { "key": { "n": 1, "s": -1, "nest.k": 1, "arr": 1 } }),
+        Kind::IndexText => ("text", doc! { "key": { "s": "text" }, "default_language": "none", "weights": { "s": 3 } }),
         Kind::IndexGeo => ("geo", doc! { "key": { "loc": "2dsphere" } }),
         Kind::IndexWildcard => ("wildcard", doc! { "key": { "nest.$**": 1 } }),
         Kind::IndexHashed => ("hashed", doc! { "key": { "h": "hashed" } }),
-        Kind::IndexCollation => (
-            "collation",
-            doc! { "key": { "s": 1 }, "collation": { "locale": "fr", "strength": 1 } },
-        ),
+        Kind::IndexCollation => {
+            ("collation", doc! { "key": { "s": 1 }, "collation": { "locale": "fr", "strength": 1 } })
+        }
         _ => return None,
     })
 }

@@ -87,11 +87,7 @@ impl Generator {
     fn next_kind(&mut self) -> Kind {
         let share = |kind: &Kind| u64::from(self.profile.share(kind.class()));
         let class_weight = |class: Class| -> u64 {
-            Kind::ALL
-                .iter()
-                .filter(|kind| kind.class() == class)
-                .map(|kind| u64::from(kind.weight()))
-                .sum()
+            Kind::ALL.iter().filter(|kind| kind.class() == class).map(|kind| u64::from(kind.weight())).sum()
         };
         // Weights inside a class are relative; scale so that a class gets exactly its share.
         let scaled: Vec<u64> = Kind::ALL
@@ -139,12 +135,7 @@ impl Generator {
     /// A fresh slot, remembered in the model.
     pub(super) fn new_slot(&mut self, ns: &Ns, group: i32, shape: Shape) -> Slot {
         let id = self.fresh_id(ns);
-        let slot = Slot {
-            id,
-            unique: self.serial(),
-            group,
-            shape,
-        };
+        let slot = Slot { id, unique: self.serial(), group, shape };
         self.model.coll(ns).slots.push(slot.clone());
         slot
     }

@@ -74,18 +74,12 @@ impl Default for Profile {
 impl Profile {
     /// Document writes and transactions; the schema stays as it was set up.
     pub fn without_ddl() -> Self {
-        Self {
-            ddl: 0,
-            ..Self::default()
-        }
+        Self { ddl: 0, ..Self::default() }
     }
 
     /// With some large documents among the rest.
     pub fn with_large() -> Self {
-        Self {
-            large: 2,
-            ..Self::default()
-        }
+        Self { large: 2, ..Self::default() }
     }
 
     /// The share of a class.
@@ -101,10 +95,7 @@ impl Profile {
 
     /// The kinds of operation that this profile does, each of which a long run must have done.
     pub fn kinds(&self) -> impl Iterator<Item = Kind> + '_ {
-        Kind::ALL
-            .iter()
-            .copied()
-            .filter(|kind| self.share(kind.class()) > 0)
+        Kind::ALL.iter().copied().filter(|kind| self.share(kind.class()) > 0)
     }
 }
 
@@ -129,39 +120,21 @@ mod tests {
 
     #[test]
     fn every_kind_of_a_profile_is_generated() {
-        let profile = Profile {
-            large: 5,
-            beyond_spine: true,
-            ..Profile::default()
-        };
+        let profile = Profile { large: 5, beyond_spine: true, ..Profile::default() };
         let seen: BTreeSet<Kind> = ops(1, 6_000, profile).iter().map(|op| op.kind).collect();
-        let missing: Vec<_> = Kind::ALL
-            .iter()
-            .filter(|kind| !seen.contains(kind))
-            .collect();
+        let missing: Vec<_> = Kind::ALL.iter().filter(|kind| !seen.contains(kind)).collect();
         assert!(missing.is_empty(), "{missing:?}");
-        let seen: BTreeSet<Class> = ops(1, 3_000, Profile::default())
-            .iter()
-            .map(|op| op.kind.class())
-            .collect();
+        let seen: BTreeSet<Class> = ops(1, 3_000, Profile::default()).iter().map(|op| op.kind.class()).collect();
         assert!(!seen.contains(&Class::Large) && !seen.contains(&Class::Beyond));
     }
 
     #[test]
     fn large_documents_keep_to_the_budget_and_the_limit() {
-        let profile = Profile {
-            large: 50,
-            large_budget: 40 << 20,
-            ..Profile::default()
-        };
+        let profile = Profile { large: 50, large_budget: 40 << 20, ..Profile::default() };
         let sizes: Vec<u64> = ops(3, 1_000, profile)
             .iter()
             .filter(|op| op.kind.class() == Class::Large && op.kind != Kind::UpdateLarge)
-            .flat_map(|op| {
-                op.steps
-                    .iter()
-                    .map(|step| step.command.as_bytes().len() as u64)
-            })
+            .flat_map(|op| op.steps.iter().map(|step| step.command.as_bytes().len() as u64))
             .collect();
         assert!(sizes.iter().sum::<u64>() < 45 << 20);
         assert!(sizes.iter().any(|size| *size > 100_000));

@@ -51,11 +51,7 @@ pub(super) struct Coll {
 
 impl Coll {
     pub(super) fn new(flavour: Flavour) -> Self {
-        Self {
-            flavour,
-            slots: Vec::new(),
-            indexes: BTreeSet::new(),
-        }
+        Self { flavour, slots: Vec::new(), indexes: BTreeSet::new() }
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -68,9 +64,7 @@ impl Coll {
 
     /// Positions of slots with a shape.
     pub(super) fn of_shape(&self, shape: Shape) -> Vec<usize> {
-        (0..self.slots.len())
-            .filter(|n| self.slots[*n].shape == shape)
-            .collect()
+        (0..self.slots.len()).filter(|n| self.slots[*n].shape == shape).collect()
     }
 }
 
@@ -87,24 +81,13 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(prefix: &str) -> Self {
-        let databases = ["a", "b", "x"]
-            .map(|name| format!("{prefix}_{name}"))
-            .to_vec();
-        Self {
-            databases,
-            colls: BTreeMap::new(),
-            views: BTreeMap::new(),
-        }
+        let databases = ["a", "b", "x"].map(|name| format!("{prefix}_{name}")).to_vec();
+        Self { databases, colls: BTreeMap::new(), views: BTreeMap::new() }
     }
 
     /// A random collection that fits.
     pub(super) fn pick(&self, rng: &mut StdRng, fits: impl Fn(&Ns, &Coll) -> bool) -> Option<Ns> {
-        let fitting: Vec<_> = self
-            .colls
-            .iter()
-            .filter(|(ns, coll)| fits(ns, coll))
-            .map(|(ns, _)| ns)
-            .collect();
+        let fitting: Vec<_> = self.colls.iter().filter(|(ns, coll)| fits(ns, coll)).map(|(ns, _)| ns).collect();
         Some((*fitting.get(pick_index(rng, fitting.len())?)?).clone())
     }
 
@@ -114,13 +97,7 @@ impl Model {
     }
 
     /// A random name of the pool `prefix0..size` which nothing in this database uses.
-    pub(super) fn free_name(
-        &self,
-        rng: &mut StdRng,
-        database: &str,
-        prefix: &str,
-        size: usize,
-    ) -> Option<String> {
+    pub(super) fn free_name(&self, rng: &mut StdRng, database: &str, prefix: &str, size: usize) -> Option<String> {
         let free: Vec<_> = (0..size)
             .map(|n| format!("{prefix}{n}"))
             .filter(|name| {
@@ -132,9 +109,7 @@ impl Model {
     }
 
     pub(super) fn coll(&mut self, ns: &Ns) -> &mut Coll {
-        self.colls
-            .entry(ns.clone())
-            .or_insert_with(|| Coll::new(Flavour::Plain))
+        self.colls.entry(ns.clone()).or_insert_with(|| Coll::new(Flavour::Plain))
     }
 }
 

@@ -44,35 +44,17 @@ const CRUD_ERRORS: &[i32] = &[11000, 121];
 impl Op {
     /// An operation of document writes.
     pub(super) fn crud(kind: Kind, steps: Vec<Step>) -> Self {
-        Self {
-            kind,
-            mode: Mode::Plain,
-            steps,
-            expect: CRUD_ERRORS,
-            majority: false,
-        }
+        Self { kind, mode: Mode::Plain, steps, expect: CRUD_ERRORS, majority: false }
     }
 
     /// An operation of schema changes, with the errors that may answer it.
     pub(super) fn ddl(kind: Kind, steps: Vec<Step>, expect: &'static [i32]) -> Self {
-        Self {
-            kind,
-            mode: Mode::Plain,
-            steps,
-            expect,
-            majority: false,
-        }
+        Self { kind, mode: Mode::Plain, steps, expect, majority: false }
     }
 
     pub(super) fn transaction(kind: Kind, steps: Vec<Step>, commit: bool) -> Self {
         let mode = Mode::Transaction { commit };
-        Self {
-            kind,
-            mode,
-            steps,
-            expect: CRUD_ERRORS,
-            majority: false,
-        }
+        Self { kind, mode, steps, expect: CRUD_ERRORS, majority: false }
     }
 
     /// True when the server takes a transaction number for it: one statement on one document.
@@ -93,12 +75,7 @@ impl Op {
                 })
             })
         };
-        let first = step
-            .command
-            .iter()
-            .flatten()
-            .next()
-            .map(|(key, _)| key.as_str().to_owned());
+        let first = step.command.iter().flatten().next().map(|(key, _)| key.as_str().to_owned());
         match first.as_deref() {
             Some("insert" | "findAndModify") => true,
             Some("update") => !multi("updates", "multi", true),
@@ -112,10 +89,7 @@ impl Step {
     /// A command from a document without duplicate keys.
     pub(super) fn new(database: &str, command: Document) -> Self {
         let command = RawDocumentBuf::try_from(&command).expect("no zero byte in a field name");
-        Self {
-            database: database.to_owned(),
-            command,
-        }
+        Self { database: database.to_owned(), command }
     }
 
     pub(super) fn insert(ns: &Ns, documents: Vec<Document>) -> Self {

@@ -44,11 +44,7 @@ impl Ratings {
     pub fn new(seed: u64, database: &str) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let items = NAMES.iter().map(|_| values::oid(&mut rng)).collect();
-        Self {
-            database: database.to_owned(),
-            rng,
-            items,
-        }
+        Self { database: database.to_owned(), rng, items }
     }
 
     /// Drops the database's three collections and writes them anew with `history` ratings.
@@ -95,14 +91,8 @@ impl Ratings {
 
     fn rating(&mut self) -> Document {
         let count = self.rng.random_range(1..4);
-        let rated: Vec<ObjectId> = (0..count)
-            .map(|_| self.items[self.rng.random_range(0..self.items.len())])
-            .collect();
-        let ip = format!(
-            "10.{}.{}.7",
-            self.rng.random::<u8>(),
-            self.rng.random::<u8>()
-        );
+        let rated: Vec<ObjectId> = (0..count).map(|_| self.items[self.rng.random_range(0..self.items.len())]).collect();
+        let ip = format!("10.{}.{}.7", self.rng.random::<u8>(), self.rng.random::<u8>());
         doc! {
             "_id": values::oid(&mut self.rng),
             "rating": self.rng.random_range(0..=5),
@@ -115,13 +105,7 @@ impl Ratings {
     /// Adds `per_second` ratings, at most `limit`, until the condition is met. Returns how many.
     ///
     /// Each has its own `_id`: trying again after a lost answer can not write one twice.
-    pub async fn run(
-        &mut self,
-        client: &Client,
-        per_second: u32,
-        limit: u64,
-        until: Until,
-    ) -> Result<u64> {
+    pub async fn run(&mut self, client: &Client, per_second: u32, limit: u64, until: Until) -> Result<u64> {
         let stop = Stop::new(until);
         let collection = ratings(&client.database(&self.database));
         let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second.max(1));
@@ -156,7 +140,6 @@ fn is_duplicate(error: &mongodb::error::Error) -> bool {
 }
 
 fn ratings(db: &Database) -> Collection<Document> {
-    let options =
-        mongodb::options::CollectionOptions::builder().write_concern(WriteConcern::majority());
+    let options = mongodb::options::CollectionOptions::builder().write_concern(WriteConcern::majority());
     db.collection_with_options("ratings", options.build())
 }

@@ -13,8 +13,8 @@ pub(super) const PAUSE: Duration = Duration::from_millis(25);
 
 /// Elections, networks, lock conflicts, index builds in the way, a write block (371).
 const AGAIN: &[i32] = &[
-    6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107,
-    11600, 11602, 12587, 13435, 13436,
+    6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107, 11600, 11602, 12587,
+    13435, 13436,
 ];
 
 /// What follows from a belief that a disturbance made wrong: things that exist, or do not.
@@ -70,9 +70,7 @@ fn judge(error: &Error) -> Option<i32> {
 pub(super) fn is_again(error: &Error) -> bool {
     let by_kind = match error.kind.as_ref() {
         ErrorKind::Command(command) => AGAIN.contains(&command.code),
-        ErrorKind::Io(_)
-        | ErrorKind::ConnectionPoolCleared { .. }
-        | ErrorKind::ServerSelection { .. } => true,
+        ErrorKind::Io(_) | ErrorKind::ConnectionPoolCleared { .. } | ErrorKind::ServerSelection { .. } => true,
         _ => false,
     };
     by_kind
@@ -83,17 +81,11 @@ pub(super) fn is_again(error: &Error) -> bool {
 
 fn read_reply(reply: &Document, expect: &[i32], disturbed: bool) -> Result<Reply> {
     if let Ok(errors) = reply.get_array("writeErrors") {
-        let codes: Vec<i32> = errors
-            .iter()
-            .filter_map(|error| error.as_document()?.get_i32("code").ok())
-            .collect();
+        let codes: Vec<i32> = errors.iter().filter_map(|error| error.as_document()?.get_i32("code").ok()).collect();
         if codes.iter().any(|code| AGAIN.contains(code)) {
             return Ok(Reply::Again(format!("{errors:?}")));
         }
-        match codes
-            .iter()
-            .find(|code| !is_expected(**code, expect, disturbed))
-        {
+        match codes.iter().find(|code| !is_expected(**code, expect, disturbed)) {
             Some(_) => bail!("unexpected write errors: {errors:?}"),
             None if !changed(reply) => {
                 return Ok(Reply::Refused(codes.first().copied().unwrap_or(0)));
@@ -110,17 +102,12 @@ fn read_reply(reply: &Document, expect: &[i32], disturbed: bool) -> Result<Reply
 /// True when a reply says that something changed. Schema changes answer no counts: they did.
 fn changed(reply: &Document) -> bool {
     let number = |document: &Document, name: &str| {
-        document
-            .get(name)
-            .and_then(|n| n.as_i64().or_else(|| n.as_i32().map(i64::from)))
+        document.get(name).and_then(|n| n.as_i64().or_else(|| n.as_i32().map(i64::from)))
     };
     if let Ok(last) = reply.get_document("lastErrorObject") {
         return number(last, "n") != Some(0);
     }
-    if let (Some(before), Some(after)) = (
-        number(reply, "numIndexesBefore"),
-        number(reply, "numIndexesAfter"),
-    ) {
+    if let (Some(before), Some(after)) = (number(reply, "numIndexesBefore"), number(reply, "numIndexesAfter")) {
         return after > before;
     }
     match number(reply, "nModified") {
@@ -131,10 +118,5 @@ fn changed(reply: &Document) -> bool {
 
 /// The first field's name of a command, for messages.
 pub(super) fn command_name(command: &RawDocument) -> String {
-    command
-        .iter()
-        .flatten()
-        .next()
-        .map(|(key, _)| key.as_str().to_owned())
-        .unwrap_or_default()
+    command.iter().flatten().next().map(|(key, _)| key.as_str().to_owned()).unwrap_or_default()
 }

@@ -40,11 +40,7 @@ pub(super) struct Stop {
 
 impl Stop {
     pub(super) fn new(until: Until) -> Self {
-        let mut stop = Self {
-            left: AtomicU64::new(u64::MAX),
-            deadline: None,
-            flag: None,
-        };
+        let mut stop = Self { left: AtomicU64::new(u64::MAX), deadline: None, flag: None };
         match until {
             Until::Operations(count) => stop.left = AtomicU64::new(count),
             Until::Elapsed(time) => stop.deadline = Some(Instant::now() + time),
@@ -55,22 +51,14 @@ impl Stop {
 
     /// True when the run shall end now, also in the middle of trying again.
     pub(super) fn is_over(&self) -> bool {
-        self.deadline
-            .is_some_and(|deadline| Instant::now() >= deadline)
-            || self
-                .flag
-                .as_ref()
-                .is_some_and(|flag| flag.load(Ordering::Relaxed))
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+            || self.flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed))
     }
 
     /// Takes the right to one more operation.
     pub(super) fn take(&self) -> bool {
         let take = |left: u64| left.checked_sub(1);
-        !self.is_over()
-            && self
-                .left
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
-                .is_ok()
+        !self.is_over() && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 }
 
@@ -109,10 +97,7 @@ impl Numbered {
     async fn start(client: &Client) -> Result<Self> {
         // Above any number the driver has used on a session that it takes from its pool.
         let session = ManuallyDrop::new(client.start_session().await?);
-        Ok(Self {
-            session,
-            number: 1 << 40,
-        })
+        Ok(Self { session, number: 1 << 40 })
     }
 }
 
@@ -194,14 +179,8 @@ impl Run<'_> {
         };
         let outcome = outcome.with_context(|| {
             let first = op.steps.first();
-            let name = first
-                .map(|step| retry::command_name(&step.command))
-                .unwrap_or_default();
-            format!(
-                "operation '{}' ({name} on {:?})",
-                op.kind.name(),
-                first.map(|s| &s.database)
-            )
+            let name = first.map(|step| retry::command_name(&step.command)).unwrap_or_default();
+            format!("operation '{}' ({name} on {:?})", op.kind.name(), first.map(|s| &s.database))
         })?;
         self.tally(op.kind, outcome);
         Ok(())
@@ -243,24 +222,16 @@ impl Run<'_> {
 
     /// One statement under a transaction number: however often it is sent, it is applied once.
     async fn retryable(&self, op: &Op, numbered: &mut Numbered) -> Result<Outcome> {
-        let step = op
-            .steps
-            .first()
-            .context("a retryable operation has one step")?;
+        let step = op.steps.first().context("a retryable operation has one step")?;
         let mut command = with_concern(step, op.majority);
         numbered.number += 1;
         command.append(bson::raw::cstr!("txnNumber"), numbered.number);
-        Ok(
-            match self
-                .insist(op, step, command, Some(&mut *numbered.session))
-                .await?
-            {
-                Some(Reply::Done(true)) => Outcome::Done,
-                Some(Reply::Refused(code)) => Outcome::Refused(code),
-                Some(_) => Outcome::Idle,
-                None => Outcome::Unknown,
-            },
-        )
+        Ok(match self.insist(op, step, command, Some(&mut *numbered.session)).await? {
+            Some(Reply::Done(true)) => Outcome::Done,
+            Some(Reply::Refused(code)) => Outcome::Refused(code),
+            Some(_) => Outcome::Idle,
+            None => Outcome::Unknown,
+        })
     }
 
     /// Sends until there is an answer; none when the run ends first.
@@ -295,10 +266,7 @@ impl Run<'_> {
             return Ok(false);
         }
         if Instant::now() > patience {
-            bail!(
-                "no success for {:?}, last: {reason}",
-                self.workload.patience
-            );
+            bail!("no success for {:?}, last: {reason}", self.workload.patience);
         }
         tokio::time::sleep(PAUSE).await;
         Ok(true)
@@ -318,29 +286,14 @@ impl Run<'_> {
     }
 
     /// One try. The inner error is a reason to try the whole again.
-    async fn transaction_once(
-        &self,
-        op: &Op,
-        commit: bool,
-    ) -> Result<std::result::Result<Outcome, String>> {
-        let concern = if op.majority {
-            WriteConcern::majority()
-        } else {
-            WriteConcern::nodes(1)
-        };
+    async fn transaction_once(&self, op: &Op, commit: bool) -> Result<std::result::Result<Outcome, String>> {
+        let concern = if op.majority { WriteConcern::majority() } else { WriteConcern::nodes(1) };
         let mut session = self.client.start_session().await?;
         session.start_transaction().write_concern(concern).await?;
         for step in &op.steps {
             let db = self.client.database(&step.database);
             let command = step.command.clone();
-            let sent = retry::send(
-                &db,
-                command,
-                Some(&mut session),
-                op.expect,
-                self.disturbed(),
-            )
-            .await;
+            let sent = retry::send(&db, command, Some(&mut session), op.expect, self.disturbed()).await;
             let give_up = match sent? {
                 Reply::Done(_) => continue,
                 Reply::Refused(code) => Ok(Outcome::Refused(code)),
@@ -357,9 +310,7 @@ impl Run<'_> {
         Ok(match session.commit_transaction().await {
             Ok(()) => Ok(Outcome::Done),
             // The driver has sent the commit twice. Whether it took place is the cluster's business.
-            Err(error)
-                if error.contains_label(mongodb::error::UNKNOWN_TRANSACTION_COMMIT_RESULT) =>
-            {
+            Err(error) if error.contains_label(mongodb::error::UNKNOWN_TRANSACTION_COMMIT_RESULT) => {
                 self.disturbed.store(true, Ordering::Relaxed);
                 Ok(Outcome::Unknown)
             }
@@ -370,19 +321,9 @@ impl Run<'_> {
 
     /// One increment, sent once.
     async fn count(&self, op: &Op, counter: i32) -> Result<Outcome> {
-        let step = op
-            .steps
-            .first()
-            .context("a counter operation has one step")?;
+        let step = op.steps.first().context("a counter operation has one step")?;
         let db = self.client.database(&step.database);
-        let reply = retry::send(
-            &db,
-            with_concern(step, true),
-            None,
-            op.expect,
-            self.disturbed(),
-        )
-        .await?;
+        let reply = retry::send(&db, with_concern(step, true), None, op.expect, self.disturbed()).await?;
         let mut ledger = lock(&self.workload.ledger);
         Ok(match reply {
             Reply::Done(_) => {

@@ -45,8 +45,7 @@ impl Generator {
     }
 
     fn insert_large(&mut self, kind: Kind, size: usize, id: Option<Bson>) -> Option<Op> {
-        let ns = self
-            .pick_where(|coll| coll.flavour == super::model::Flavour::Plain && !coll.is_full())?;
+        let ns = self.pick_where(|coll| coll.flavour == super::model::Flavour::Plain && !coll.is_full())?;
         self.spend(size + id.as_ref().map_or(0, text_len))?;
         let group = self.serial() as i32;
         let slot = self.new_slot(&ns, group, Shape::Large);
@@ -85,10 +84,7 @@ impl Generator {
         let series = format!("series{}", serial % 2);
         let date = values::date(&mut self.rng);
         let (command, expect): (_, &[i32]) = match kind {
-            Kind::CappedCreate => (
-                doc! { "create": capped, "capped": true, "size": 10_000, "max": 20 },
-                &[48],
-            ),
+            Kind::CappedCreate => (doc! { "create": capped, "capped": true, "size": 10_000, "max": 20 }, &[48]),
             Kind::CappedInsert => {
                 let document = doc! { "_id": serial, "t": date };
                 (doc! { "insert": capped, "documents": [document] }, &[])
@@ -103,8 +99,7 @@ impl Generator {
             }
             Kind::PipelineReorder => {
                 let (ns, slot) = self.standard()?;
-                let reversed =
-                    doc! { "$arrayToObject": { "$reverseArray": { "$objectToArray": "$nest" } } };
+                let reversed = doc! { "$arrayToObject": { "$reverseArray": { "$objectToArray": "$nest" } } };
                 let pipeline = vec![doc! { "$set": { "nest": reversed } }];
                 let filter = doc! { "_id": slot.id, "nest": { "$type": "object" } };
                 return Some(Self::update(kind, &ns, filter, pipeline));
@@ -123,8 +118,7 @@ impl Generator {
             Kind::Out => doc! { "$out": "out" },
             _ => doc! { "$merge": { "into": "merged", "whenMatched": "replace" } },
         };
-        let command =
-            doc! { "aggregate": &ns.1, "pipeline": [matching, fields, last], "cursor": {} };
+        let command = doc! { "aggregate": &ns.1, "pipeline": [matching, fields, last], "cursor": {} };
         Some(Op::ddl(kind, vec![Step::new(&ns.0, command)], &[]))
     }
 }

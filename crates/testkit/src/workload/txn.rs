@@ -29,14 +29,8 @@ impl Generator {
 
     fn transaction_writes(&mut self, kind: Kind) -> Vec<Step> {
         let long = kind == Kind::TxnCommit && self.rng.random_ratio(1, 20);
-        let count = if long {
-            150
-        } else {
-            self.rng.random_range(2..9)
-        };
-        (0..count)
-            .filter_map(|_| self.transaction_write())
-            .collect()
+        let count = if long { 150 } else { self.rng.random_range(2..9) };
+        (0..count).filter_map(|_| self.transaction_write()).collect()
     }
 
     fn transaction_write(&mut self) -> Option<Step> {
@@ -68,9 +62,7 @@ impl Generator {
     /// Creates a collection, by name or by its first insert, and fills it.
     fn transaction_create(&mut self) -> Option<Vec<Step>> {
         let ns = self.free_collection()?;
-        self.model
-            .colls
-            .insert(ns.clone(), Coll::new(Flavour::Plain));
+        self.model.colls.insert(ns.clone(), Coll::new(Flavour::Plain));
         let group = self.serial() as i32;
         let mut steps = Vec::new();
         if self.rng.random::<bool>() {
@@ -78,10 +70,7 @@ impl Generator {
             if self.rng.random::<bool>() {
                 let index = doc! { "key": { "n": 1, "g": 1 }, "name": "compound" };
                 self.model.coll(&ns).indexes.insert("compound");
-                steps.push(Step::new(
-                    &ns.0,
-                    doc! { "createIndexes": &ns.1, "indexes": [index] },
-                ));
+                steps.push(Step::new(&ns.0, doc! { "createIndexes": &ns.1, "indexes": [index] }));
             }
         }
         let documents = (0..3).map(|_| self.new_document(&ns, group)).collect();
@@ -93,16 +82,9 @@ impl Generator {
     pub(super) fn free_collection(&mut self) -> Option<Ns> {
         let n = self.rng.random_range(0..self.model.databases.len());
         let database = self.model.databases[n].clone();
-        let existing = self
-            .model
-            .colls
-            .keys()
-            .filter(|ns| ns.0 == database)
-            .count();
+        let existing = self.model.colls.keys().filter(|ns| ns.0 == database).count();
         (existing < MAX_COLLECTIONS).then_some(())?;
-        let name = self
-            .model
-            .free_name(&mut self.rng, &database, "c", COLLECTION_POOL)?;
+        let name = self.model.free_name(&mut self.rng, &database, "c", COLLECTION_POOL)?;
         Some((database, name))
     }
 }

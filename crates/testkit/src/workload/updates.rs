@@ -53,10 +53,7 @@ impl Generator {
             Kind::SetTop => (free, self.set_top()),
             Kind::SetNested => {
                 let value = values::value(&mut self.rng, 1);
-                (
-                    free,
-                    bson!({ "$set": { "nest.deep.x": n, "nest.v": value } }),
-                )
+                (free, bson!({ "$set": { "nest.deep.x": n, "nest.v": value } }))
             }
             Kind::SetNewNested => {
                 let fields: Document = ["z", "b", "aa"]
@@ -67,20 +64,11 @@ impl Generator {
                 (free, bson!({ "$set": fields }))
             }
             Kind::SetMany => {
-                let fields: Document = (0..20)
-                    .rev()
-                    .map(|f| (format!("many{f}"), Bson::Int32(n + f)))
-                    .collect();
+                let fields: Document = (0..20).rev().map(|f| (format!("many{f}"), Bson::Int32(n + f))).collect();
                 (free, bson!({ "$set": fields }))
             }
-            Kind::SetArrayIndex => (
-                array,
-                bson!({ "$set": { format!("arr.{index}"): n, "grid.1.0": n } }),
-            ),
-            Kind::SetPadded => (
-                array,
-                bson!({ "$set": { format!("arr.{}", 10 + index): n } }),
-            ),
+            Kind::SetArrayIndex => (array, bson!({ "$set": { format!("arr.{index}"): n, "grid.1.0": n } })),
+            Kind::SetPadded => (array, bson!({ "$set": { format!("arr.{}", 10 + index): n } })),
             Kind::SetInArrayDocument => {
                 let guard = doc! { format!("objs.{index}.k"): { "$exists": true } };
                 let path = format!("objs.{index}");
@@ -100,53 +88,28 @@ impl Generator {
             ),
             Kind::SetArrayFilter => (array, bson!({ "$set": { "arr.$[e]": n } })),
             Kind::Unset => {
-                let names = [
-                    "s", "h", "opt", "v", "num", "objs", "z1", "b1", "aa1", "grid",
-                ];
+                let names = ["s", "h", "opt", "v", "num", "objs", "z1", "b1", "aa1", "grid"];
                 let one = names[self.rng.random_range(0..names.len())];
-                (
-                    free,
-                    bson!({ "$unset": { one: "", format!("many{}", n % 20): "" } }),
-                )
+                (free, bson!({ "$unset": { one: "", format!("many{}", n % 20): "" } }))
             }
-            Kind::Inc => (
-                free,
-                bson!({ "$inc": { "n": n % 10 - 5, "nest.count": 1_i64 } }),
-            ),
-            Kind::MinMax => (
-                free,
-                bson!({ "$min": { "low": n }, "$max": { "high": n }, "$mul": { "n": 1.5 } }),
-            ),
+            Kind::Inc => (free, bson!({ "$inc": { "n": n % 10 - 5, "nest.count": 1_i64 } })),
+            Kind::MinMax => (free, bson!({ "$min": { "low": n }, "$max": { "high": n }, "$mul": { "n": 1.5 } })),
             Kind::Push => {
                 let (a, b) = (values::value(&mut self.rng, 1), n % 100);
-                (
-                    array,
-                    bson!({ "$push": { "arr": { "$each": [a, b], "$slice": -30 } } }),
-                )
+                (array, bson!({ "$push": { "arr": { "$each": [a, b], "$slice": -30 } } }))
             }
             Kind::PushSlice => {
                 let keep = self.rng.random_range(1..5);
-                (
-                    array,
-                    bson!({ "$push": { "arr": { "$each": [n], "$slice": keep } } }),
-                )
+                (array, bson!({ "$push": { "arr": { "$each": [n], "$slice": keep } } }))
             }
-            Kind::PushSliceZero => (
-                array,
-                bson!({ "$push": { "arr": { "$each": [n], "$slice": 0 } } }),
-            ),
+            Kind::PushSliceZero => (array, bson!({ "$push": { "arr": { "$each": [n], "$slice": 0 } } })),
             Kind::Pop => {
                 let end = if n % 2 == 0 { 1 } else { -1 };
                 (array, bson!({ "$pop": { "arr": end } }))
             }
             Kind::Pull => (array, bson!({ "$pull": { "arr": { "$lt": n % 60 } } })),
             Kind::Rename => {
-                let pairs = [
-                    ("s", "s2"),
-                    ("s2", "s"),
-                    ("opt", "nest.opt"),
-                    ("high", "h3"),
-                ];
+                let pairs = [("s", "s2"), ("s2", "s"), ("opt", "nest.opt"), ("high", "h3")];
                 let (from, to) = pairs[self.rng.random_range(0..pairs.len())];
                 (free, bson!({ "$rename": { from: to } }))
             }
@@ -212,10 +175,7 @@ impl Generator {
         let (filter, update) = match kind {
             Kind::SetDotted if n % 3 == 0 => {
                 let inner = doc! { "$setField": { "field": field, "input": "$a", "value": n } };
-                (
-                    doc! { "a": { "$type": "object" } },
-                    bson!([{ "$set": { "a": inner } }]),
-                )
+                (doc! { "a": { "$type": "object" } }, bson!([{ "$set": { "a": inner } }]))
             }
             Kind::SetDotted => {
                 let whole = doc! { "$setField": { "field": field, "input": "$$ROOT", "value": n } };
@@ -225,10 +185,7 @@ impl Generator {
                 let whole = doc! { "$unsetField": { "field": field, "input": "$$ROOT" } };
                 (doc! {}, bson!([{ "$replaceWith": whole }]))
             }
-            _ => (
-                doc! { "a": { "$type": "object" } },
-                bson!({ "$set": { "a.b": n } }),
-            ),
+            _ => (doc! { "a": { "$type": "object" } }, bson!({ "$set": { "a.b": n } })),
         };
         let mut filter = filter;
         filter.insert("_id", id);
@@ -240,19 +197,10 @@ impl Generator {
         let id = self.slot(&ns, position).id;
         let n = self.number();
         let fields: Document = match n % 2 {
-            0 => (0..1000)
-                .map(|f| (format!("wide.f{f:04}"), Bson::Int32(n + f)))
-                .collect(),
-            _ => (0..1000)
-                .map(|f| (format!("many.{f}"), Bson::Int32(n + f)))
-                .collect(),
+            0 => (0..1000).map(|f| (format!("wide.f{f:04}"), Bson::Int32(n + f))).collect(),
+            _ => (0..1000).map(|f| (format!("many.{f}"), Bson::Int32(n + f))).collect(),
         };
-        Some(Self::update(
-            Kind::ThousandPaths,
-            &ns,
-            doc! { "_id": id },
-            doc! { "$set": fields },
-        ))
+        Some(Self::update(Kind::ThousandPaths, &ns, doc! { "_id": id }, doc! { "$set": fields }))
     }
 
     fn update_many(&mut self) -> Option<Op> {

@@ -7,8 +7,7 @@ use bson::oid::ObjectId;
 use bson::raw::{CString, RawDocumentBuf};
 use bson::spec::BinarySubtype;
 use bson::{
-    Binary, Bson, DateTime, Decimal128, Document, JavaScriptCodeWithScope, RawBson, Regex,
-    Timestamp, bson, doc, rawdoc,
+    Binary, Bson, DateTime, Decimal128, Document, JavaScriptCodeWithScope, RawBson, Regex, Timestamp, bson, doc, rawdoc,
 };
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -24,33 +23,22 @@ pub(super) fn oid(rng: &mut StdRng) -> ObjectId {
 }
 
 pub(super) fn text(rng: &mut StdRng, max: usize) -> String {
-    const LETTERS: &[char] = &[
-        'a', 'b', 'k', 'z', 'A', '0', '9', ' ', '.', '$', 'é', '漢', '🌊',
-    ];
+    const LETTERS: &[char] = &['a', 'b', 'k', 'z', 'A', '0', '9', ' ', '.', '$', 'é', '漢', '🌊'];
     let len = rng.random_range(0..=max);
-    (0..len)
-        .map(|_| LETTERS[rng.random_range(0..LETTERS.len())])
-        .collect()
+    (0..len).map(|_| LETTERS[rng.random_range(0..LETTERS.len())]).collect()
 }
 
 fn words(rng: &mut StdRng) -> String {
-    const WORDS: &[&str] = &[
-        "harbour", "far", "Shore", "tide", "Pilot", "beacon", "the", "ÉTÉ",
-    ];
+    const WORDS: &[&str] = &["harbour", "far", "Shore", "tide", "Pilot", "beacon", "the", "ÉTÉ"];
     let count = rng.random_range(1..6);
-    let pick: Vec<_> = (0..count)
-        .map(|_| WORDS[rng.random_range(0..WORDS.len())])
-        .collect();
+    let pick: Vec<_> = (0..count).map(|_| WORDS[rng.random_range(0..WORDS.len())]).collect();
     pick.join(" ")
 }
 
 fn binary(rng: &mut StdRng, subtype: u8, len: usize) -> Bson {
     let mut bytes = vec![0; len];
     rng.fill_bytes(&mut bytes);
-    Bson::Binary(Binary {
-        subtype: BinarySubtype::from(subtype),
-        bytes,
-    })
+    Bson::Binary(Binary { subtype: BinarySubtype::from(subtype), bytes })
 }
 
 fn decimal(text: &str) -> Bson {
@@ -59,9 +47,7 @@ fn decimal(text: &str) -> Bson {
 
 /// By its bytes: the type has no public constructor.
 fn db_pointer(rng: &mut StdRng) -> Bson {
-    let mut bytes = vec![
-        30, 0, 0, 0, 0x0c, b'p', 0, 5, 0, 0, 0, b'd', b'.', b'c', b'c', 0,
-    ];
+    let mut bytes = vec![30, 0, 0, 0, 0x0c, b'p', 0, 5, 0, 0, 0, b'd', b'.', b'c', b'c', 0];
     bytes.extend(oid(rng).bytes());
     bytes.push(0);
     bytes[0] = bytes.len() as u8;
@@ -76,9 +62,7 @@ fn cstring(text: &str) -> CString {
 }
 
 pub(super) fn date(rng: &mut StdRng) -> Bson {
-    Bson::DateTime(DateTime::from_millis(
-        EPOCH + rng.random_range(0..40_000_000_000),
-    ))
+    Bson::DateTime(DateTime::from_millis(EPOCH + rng.random_range(0..40_000_000_000)))
 }
 
 fn array(rng: &mut StdRng, len: usize, depth: u32) -> Bson {
@@ -102,13 +86,8 @@ pub(super) fn value(rng: &mut StdRng, depth: u32) -> Bson {
         10 => Bson::Undefined,
         11 => Bson::ObjectId(oid(rng)),
         12 => date(rng),
-        13 => Bson::DateTime(DateTime::from_millis(
-            -rng.random_range(1..1_000_000_000_000),
-        )),
-        14 => Bson::Timestamp(Timestamp {
-            time: rng.random_range(1..u32::MAX),
-            increment: 7,
-        }),
+        13 => Bson::DateTime(DateTime::from_millis(-rng.random_range(1..1_000_000_000_000))),
+        14 => Bson::Timestamp(Timestamp { time: rng.random_range(1..u32::MAX), increment: 7 }),
         15 => Bson::RegularExpression(Regex {
             pattern: cstring("^a.*\\.b$"),
             options: cstring(["", "i", "imsx"][rng.random_range(0..3)]),
@@ -122,11 +101,7 @@ pub(super) fn value(rng: &mut StdRng, depth: u32) -> Bson {
         19 => db_pointer(rng),
         20 => {
             let subtype = [0, 1, 2, 3, 4, 5, 7, 128, 255][rng.random_range(0..9)];
-            let len = if [3, 4, 5].contains(&subtype) {
-                16
-            } else {
-                rng.random_range(0..40)
-            };
+            let len = if [3, 4, 5].contains(&subtype) { 16 } else { rng.random_range(0..40) };
             binary(rng, subtype, len)
         }
         21 => Bson::MinKey,
@@ -165,33 +140,20 @@ pub(super) fn id(rng: &mut StdRng, n: i64) -> Bson {
         12 => Bson::Double(n as f64 + 0.5),
         13 => Bson::Int64((1 << 53) + 1 + n),
         14..17 => Bson::String(format!("s{n}")),
-        17 => Bson::String(format!(
-            "{}{}",
-            if n % 2 == 0 { "Case" } else { "case" },
-            n / 2
-        )),
+        17 => Bson::String(format!("{}{}", if n % 2 == 0 { "Case" } else { "case" }, n / 2)),
         18..21 => Bson::ObjectId(oid(rng)),
         21 => Bson::DateTime(DateTime::from_millis(n)),
-        22 => Bson::Timestamp(Timestamp {
-            time: 5,
-            increment: n as u32,
-        }),
+        22 => Bson::Timestamp(Timestamp { time: 5, increment: n as u32 }),
         23 => {
             let subtype = [0, 2, 5, 128][rng.random_range(0..4)];
             let mut bytes = vec![7; 8];
             bytes.extend(n.to_be_bytes());
-            Bson::Binary(Binary {
-                subtype: BinarySubtype::from(subtype),
-                bytes,
-            })
+            Bson::Binary(Binary { subtype: BinarySubtype::from(subtype), bytes })
         }
         24 => {
             let mut bytes = vec![4; 8];
             bytes.extend(n.to_be_bytes());
-            Bson::Binary(Binary {
-                subtype: BinarySubtype::Uuid,
-                bytes,
-            })
+            Bson::Binary(Binary { subtype: BinarySubtype::Uuid, bytes })
         }
         25 => bson!({ "k": n, "in": { "b": 1, "a": [1, "x"] } }),
         26 => bson!({ "k": n as f64 }),
@@ -259,11 +221,7 @@ pub(super) fn same_id(a: &Bson, b: &Bson) -> bool {
 
 /// A document with every role: numbers, unique value, nested objects and arrays, geo, date, any type.
 pub(super) fn standard(rng: &mut StdRng, id: Bson, group: i32, unique: i64) -> Document {
-    let ints = |rng: &mut StdRng, n| {
-        (0..n)
-            .map(|_| rng.random_range(0..100))
-            .collect::<Vec<i32>>()
-    };
+    let ints = |rng: &mut StdRng, n| (0..n).map(|_| rng.random_range(0..100)).collect::<Vec<i32>>();
     let len = rng.random_range(3..9);
     let mut fields = vec![
         ("n", Bson::Int32(rng.random_range(0..1000))),
@@ -271,16 +229,10 @@ pub(super) fn standard(rng: &mut StdRng, id: Bson, group: i32, unique: i64) -> D
         ("at", date(rng)),
         ("loc", point(rng)),
         ("h", scalar(rng)),
-        (
-            "nest",
-            bson!({ "k": rng.random_range(0..50), "deep": { "x": 1, "y": text(rng, 9) } }),
-        ),
+        ("nest", bson!({ "k": rng.random_range(0..50), "deep": { "x": 1, "y": text(rng, 9) } })),
         ("num", bson!({ "0": 1, "00": 2, "1": { "0": "zero" } })),
         ("arr", bson!(ints(rng, len))),
-        (
-            "objs",
-            bson!([{ "k": 1, "v": "a" }, { "k": 2, "v": "b", "0": 5 }, { "k": 3, "v": "c" }]),
-        ),
+        ("objs", bson!([{ "k": 1, "v": "a" }, { "k": 2, "v": "b", "0": 5 }, { "k": 3, "v": "c" }])),
         ("grid", grid(rng)),
         ("v", value(rng, 2)),
     ];
@@ -291,11 +243,7 @@ pub(super) fn standard(rng: &mut StdRng, id: Bson, group: i32, unique: i64) -> D
         fields.shuffle(rng);
     }
     let mut document = doc! { "_id": id, "g": group, "u": unique };
-    document.extend(
-        fields
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value)),
-    );
+    document.extend(fields.into_iter().map(|(name, value)| (name.to_owned(), value)));
     document
 }
 
@@ -304,20 +252,13 @@ pub(super) fn grid(rng: &mut StdRng) -> Bson {
     let rows = rng.random_range(4..8);
     let row = |rng: &mut StdRng| {
         let len = rng.random_range(3..7);
-        bson!(
-            (0..len)
-                .map(|_| rng.random_range(0..10_000))
-                .collect::<Vec<i32>>()
-        )
+        bson!((0..len).map(|_| rng.random_range(0..10_000)).collect::<Vec<i32>>())
     };
     Bson::Array((0..rows).map(|_| row(rng)).collect())
 }
 
 fn point(rng: &mut StdRng) -> Bson {
-    let (x, y) = (
-        rng.random_range(-170.0..170.0),
-        rng.random_range(-80.0..80.0),
-    );
+    let (x, y) = (rng.random_range(-170.0..170.0), rng.random_range(-80.0..80.0));
     bson!({ "type": "Point", "coordinates": [x, y] })
 }
 
@@ -337,9 +278,7 @@ pub(super) fn odd(rng: &mut StdRng, id: Bson, group: i32) -> Document {
 
 /// A document with more than a thousand paths.
 pub(super) fn wide(id: Bson, group: i32) -> Document {
-    let fields: Document = (0..1100)
-        .map(|n| (format!("f{n:04}"), Bson::Int32(n)))
-        .collect();
+    let fields: Document = (0..1100).map(|n| (format!("f{n:04}"), Bson::Int32(n))).collect();
     doc! { "_id": id, "g": group, "n": 1, "wide": fields, "many": (0..1100).collect::<Vec<i32>>() }
 }
 
