@@ -100,8 +100,8 @@ impl Live<'_> {
                 let pid = agent.pid();
                 agent.kill9()?;
                 let what = match side {
-                    Side::North => "nobody reads north's changes now; MongoDB's oplog keeps them",
-                    Side::South => "north's agent keeps every change in its outbox on disk",
+                    Side::North => "Nobody reads north's changes now; MongoDB's oplog keeps them",
+                    Side::South => "North's agent keeps every change in its outbox on disk",
                 };
                 self.screen.happens(Tone::Bad, format!("kill -9 {pid}: the agent of {}. {what}.", side.name()));
                 let absence = Absence { side, killed: Instant::now(), away: None, caught_up: None, worst: 0 };

@@ -98,13 +98,9 @@ impl Screen {
     }
 }
 
-/// Grows with the logarithm: 10 behind and 10,000 behind are both visible.
+/// Grows with the root: 100 behind and 2,000 behind are both visible, and growth is too.
 fn bar(behind: u64) -> usize {
-    if behind < 10 {
-        return 0;
-    }
-    let length = (u64::from(behind.ilog2()) * 3).saturating_sub(9).min(BAR);
-    usize::try_from(length).unwrap_or(0)
+    usize::try_from((behind.isqrt() / 2).min(BAR)).unwrap_or(0)
 }
 
 /// `1234567` as `1,234,567`.
@@ -147,8 +143,8 @@ mod tests {
 
     #[test]
     fn a_bar_grows_and_ends() {
-        let lengths = [0, 9, 10, 100, 1_000, u64::MAX].map(bar);
-        assert_eq!(lengths, [0, 0, 0, 9, 18, 24]);
+        let lengths = [0, 3, 100, 1_000, u64::MAX].map(bar);
+        assert_eq!(lengths, [0, 0, 5, 15, 24]);
     }
 
     #[test]
