@@ -169,9 +169,12 @@ impl Chunker {
     }
 }
 
+/// An event without its token: a new length, and the rest.
+type Bare<'a> = ([u8; 4], &'a [u8]);
+
 /// Splits an event into its token and the bytes of the event without it (a new length and the rest): the token is as
 /// long as the document key and of no use at the target.
-fn split_token(event: &RawDocument) -> Result<(&RawDocument, ([u8; 4], &[u8])), ChunkError> {
+fn split_token(event: &RawDocument) -> Result<(&RawDocument, Bare<'_>), ChunkError> {
     const ID: &[u8] = b"\x03_id\0";
     let bytes = event.as_bytes();
     if !bytes[4..].starts_with(ID) {

@@ -103,7 +103,8 @@ async fn replicate(args: &Args, screen: Screen, pair: &mut Pair) -> Result<()> {
     ratings.load(&north, history).await.context("load the data at north")?;
     let history = u64::from(history);
     screen.say(format!("Loaded at north: 4 items, 1 site, {} ratings of fruit smoothies.", grouped(history)));
-    screen.say(format!("Visitors now rate up to {RATE} smoothies a second at north. Every write waits for a majority."));
+    screen
+        .say(format!("Visitors now rate up to {RATE} smoothies a second at north. Every write waits for a majority."));
 
     screen.heading("3. Live: agents are killed with -9 and brought back");
     screen.say("behind = ratings at north that are not at south yet; lag = what the agents' control service says");
