@@ -190,16 +190,15 @@ async fn rename(
     let to = change.to.expect("checked when parsed");
     let mut changed = Vec::new();
     let mut drop_target = Bson::Boolean(false);
-    if let Some(dropped) = dropped_by_rename(change) {
-        if let Some(other) = entries.get(&dropped)
-            && let Presence::Present(there) = other.presence
-        {
-            if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
-                drop_target = store::uuid(there);
-            }
-            let other = Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() };
-            changed.push((dropped, other));
+    if let Some(dropped) = dropped_by_rename(change)
+        && let Some(other) = entries.get(&dropped)
+        && let Presence::Present(there) = other.presence
+    {
+        if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
+            drop_target = store::uuid(there);
         }
+        let other = Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() };
+        changed.push((dropped, other));
     }
     let from_db = entry.db.clone();
     (entry.db, entry.coll) = (to.db.to_owned(), to.coll.to_owned());
