@@ -116,6 +116,8 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a failure a person must look at rests before it is tried again.
 const FAILED_RETRY: Duration = Duration::from_secs(5);
+/// Tries of one DDL step before the whole session starts afresh.
+const DDL_ATTEMPTS: u32 = 10;
 /// Keys asked for in one fetch; the answer may hold fewer.
 const FETCH_KEYS: usize = 100;
 
@@ -284,11 +286,11 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         }
         let claim = self.target.claim(self.term, self.options.workers).await?;
         let (_, election) = self.target.confirm(None).await?;
-        let mut lanes = Lanes::new(claim.lanes);
+        let mut lanes = Lanes::new(claim.lanes, claim.record.floor);
         for (uuid, entry) in &claim.entries {
             lanes.set_collection(*uuid, entry.one_lane, entry.ddl_through);
         }
-        let from = lanes.resume_from();
+        let from = lanes.read();
         let session = Session {
             engine: self,
             reader: self.inbox.reader(from),
@@ -410,7 +412,7 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             .batch
             .changes()
             .map_err(|e| fatal(e.to_string(), "the stored batch is damaged; it is received again"))?;
-        let skip = stored.skip_through.max(self.lanes.resume_from());
+        let skip = stored.skip_through.max(self.lanes.read());
         let mut units = Vec::new();
         let routed = self.router.feed(&changes, skip, &self.catalog.entries(), &mut units);
         for unit in units {
@@ -458,11 +460,20 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             let target = Arc::clone(&self.engine.target);
             let (positions, election, entries) = (self.lanes.positions(), self.election, self.catalog.entries());
             self.tasks.spawn(async move {
-                let result = async {
+                let attempt = || async {
                     check(target.confirm(None).await, &positions, election)?;
                     target.ddl(id.0, &step, &entries).await
                 };
-                Report::Ddl { id, result: result.await }
+                let mut delay = RETRY_MIN;
+                let mut result = attempt().await;
+                for _ in 0..DDL_ATTEMPTS {
+                    let Err(TargetError::Transient(reason)) = &result else { break };
+                    tracing::debug!(reason, "ddl tried again");
+                    tokio::time::sleep(delay).await;
+                    delay = (delay * 2).min(RETRY_MAX);
+                    result = attempt().await;
+                }
+                Report::Ddl { id, result }
             });
         }
     }
