@@ -191,6 +191,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             };
             delay = (delay * 2).min(RETRY_MAX);
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return Ok(()),
                 () = tokio::time::sleep(wait) => {}
             }
