@@ -556,7 +556,8 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
         let refused = refused.collect();
         let position = self.confirmed;
         self.engine.status.send_modify(|status| {
-            status.applied = Some(position);
+            // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
+            status.applied = status.applied.max(Some(position));
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
             status.refused = refused;
