@@ -1,3 +1,4 @@
+//! Fuzzes `change` of the decoders in `entries.rs`.
 #![no_main]
 
 #[path = "../entries.rs"]
