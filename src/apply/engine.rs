@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::{Catalog, Entries, Entry, Presence};
-use super::lanes::{DdlId, Floor, Job, LaneStep, Lanes, Limits};
+use super::lanes::{DdlId, Floor, Item, Job, LaneStep, Lanes, Limits};
 use super::plan::{Floors, Resolved};
 use super::route::{Router, Unit};
 use super::target::{
@@ -195,6 +195,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             };
             delay = (delay * 2).min(RETRY_MAX);
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return Ok(()),
                 () = tokio::time::sleep(wait) => {}
             }
@@ -576,7 +577,8 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             if idle && status.failure.take().is_some() {
                 tracing::info!(source = %self.engine.source, "what stopped apply is out of the way");
             }
-            status.applied = Some(position);
+            // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
+            status.applied = status.applied.max(Some(position));
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
             status.refused = refused;
@@ -652,6 +654,14 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         }
     }
 
+    /// Whether a change is applied at all: its document may be ahead already, its collection may not be replicated, and
+    /// then what is at the target says nothing about it.
+    fn applies(&self, item: &Item) -> bool {
+        let ahead = self.floors.get(&(item.collection, item.key)).is_some_and(|at| *at >= item.position.time);
+        let entry = self.entries.get(&item.collection);
+        !ahead && entry.is_some_and(|entry| matches!(entry.presence, Presence::Present(_)))
+    }
+
     /// Fetches what diverged; returns how many documents that were.
     async fn heal(
         &self,
@@ -660,7 +670,8 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         resolved: &mut Vec<Resolved>,
         applied: &mut Applied,
     ) -> Result<usize, TargetError> {
-        let suspects = self.target.examine(&job.items, &self.entries, divergence).await?;
+        let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
+        let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
         let known: BTreeSet<_> = resolved.iter().map(|r| (r.floor.collection, r.floor.key)).collect();
         let mut wanted: BTreeMap<CollectionUuid, Vec<Suspect>> = BTreeMap::new();
         let mut seen = BTreeSet::new();
