@@ -1,5 +1,6 @@
 # Source this (bash) after dev/setup: exports FARSHORE_MONGOD, FARSHORE_MONGOD_LIBRARY_PATH (for mongod only, when
-# it needs libraries from the cache) and LIBCLANG_PATH (when the system has no libclang).
+# it needs libraries from the cache), LIBCLANG_PATH (when the system has no libclang) and BINDGEN_EXTRA_CLANG_ARGS (when
+# libclang lacks its own headers).
 # shellcheck source=dev/paths.sh
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 if [ -f "$farshore_stamp" ]; then

@@ -191,10 +191,9 @@ impl Agent {
         metrics.own_certificate_expires(tls.expires().saturating_mul(1000));
         let control = ControlService::new(console, intake.clone()).into_server();
         let routes = tonic::service::Routes::new(control);
-        let serving = hub.clone();
         let serve_until = intake.clone();
         self.supervisor.spawn(Stage::Intake, "server", async move {
-            crate::link::server::serve(&serving, routes, listener, serve_until).await
+            crate::link::server::serve(&hub, routes, listener, serve_until).await
         });
         self.supervisor.spawn(Stage::Intake, "certificates", async move {
             crate::link::follow_files(tls, intake).await;
@@ -469,13 +468,15 @@ impl SourceParts {
         let status = handle.status();
         let incarnation = history.incarnation;
         // A source that was found empty captures from there at once: whoever comes later finds it all.
-        if beginning.collections.is_empty() && self.outbox.state().is_none_or(|state| state.incarnation != incarnation)
-        {
-            let (handle, at) = (handle.clone(), Position::through(beginning.at));
-            let begin = async move { handle.begin(at, Default::default()).await };
-            let first = tokio::spawn(begin);
-            drop(first);
-        }
+        let untouched = beginning.collections.is_empty()
+            && self.outbox.state().is_none_or(|state| state.incarnation != incarnation);
+        let (early, at) = (handle.clone(), Position::through(beginning.at));
+        let begin = async move {
+            if untouched && let Err(error) = early.begin(at, Default::default()).await {
+                tracing::debug!(%error, "the stream begins when a target asks for it");
+            }
+            std::future::pending().await
+        };
         self.gate.source.store(Some(Arc::new(gate::Source { capture: handle, incarnation, beginning })));
         let (leader, follow_leader) = self.leader();
         let heartbeat = Heartbeat {
@@ -491,6 +492,7 @@ impl SourceParts {
             result = capture.run(cancel.clone()) => result.map_err(|error| error.to_string()),
             () = self.publish(status) => Ok(()),
             () = follow_leader => Ok(()),
+            () = begin => Ok(()),
             () = async { heartbeat.run(cancel.clone()).await; std::future::pending().await } => Ok(()),
             () = self.watch(&mut flapping) => Ok(()),
         }

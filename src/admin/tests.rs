@@ -1,4 +1,5 @@
 //! The control service over a real tonic server: every method with every role, streams and limits.
+#![allow(clippy::disallowed_methods, reason = "tests on real sockets and real time")]
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;

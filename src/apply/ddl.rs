@@ -27,11 +27,11 @@ pub(super) async fn run(
 ) -> Result<Changed, TargetError> {
     let changed = match step {
         DdlStep::Adopt { collection, db, coll } => adopt(target, position, *collection, db, coll).await?,
-        DdlStep::Event(bytes) => {
+        DdlStep::Event { position, event: bytes } => {
             let malformed =
                 |message: String| TargetError::Fatal { message, hint: "the change is kept in the inbox; report it" };
             let raw = RawDocument::from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
-            let change = Change::parse(position, raw).map_err(|e| malformed(e.to_string()))?;
+            let change = Change::parse(*position, raw).map_err(|e| malformed(e.to_string()))?;
             event(target, &change, entries).await?
         }
     };
@@ -68,8 +68,7 @@ async fn event(target: &MongoTarget, change: &Change<'_>, entries: &Entries) -> 
         }
         Op::Rename => changed = rename(target, change, &mut entry, here, entries).await?,
         Op::CreateIndexes => {
-            let indexes = description(change)?.get("indexes").cloned().unwrap_or(Bson::Array(Vec::new()));
-            let command = doc! {"createIndexes": &entry.coll, "indexes": indexes};
+            let command = doc! {"createIndexes": &entry.coll, "indexes": index_specs(&description(change)?)};
             on_collection(target, change.position, &entry, here, command).await?;
         }
         Op::DropIndexes => drop_indexes(target, change, &entry, here).await?,
@@ -191,16 +190,15 @@ async fn rename(
     let to = change.to.expect("checked when parsed");
     let mut changed = Vec::new();
     let mut drop_target = Bson::Boolean(false);
-    if let Some(dropped) = dropped_by_rename(change) {
-        if let Some(other) = entries.get(&dropped)
-            && let Presence::Present(there) = other.presence
-        {
-            if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
-                drop_target = store::uuid(there);
-            }
-            let other = Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() };
-            changed.push((dropped, other));
+    if let Some(dropped) = dropped_by_rename(change)
+        && let Some(other) = entries.get(&dropped)
+        && let Presence::Present(there) = other.presence
+    {
+        if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
+            drop_target = store::uuid(there);
         }
+        let other = Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() };
+        changed.push((dropped, other));
     }
     let from_db = entry.db.clone();
     (entry.db, entry.coll) = (to.db.to_owned(), to.coll.to_owned());
@@ -256,6 +254,19 @@ async fn drop_indexes(
         return Ok(());
     }
     on_collection(target, change.position, entry, here, doc! {"dropIndexes": &entry.coll, "index": names}).await
+}
+
+/// The source's index specifications as a command takes them: one without collation has the simple one, where the
+/// command would fill in the collection's.
+fn index_specs(description: &Document) -> Vec<Document> {
+    let specs = description.get_array("indexes").into_iter().flatten().filter_map(|spec| spec.as_document().cloned());
+    let explicit = |mut spec: Document| {
+        if !spec.contains_key("collation") {
+            spec.insert("collation", doc! {"locale": "simple"});
+        }
+        spec
+    };
+    specs.map(explicit).collect()
 }
 
 /// Cross-lane hazards exist where documents can get in each other's way.

@@ -170,7 +170,7 @@ impl<'a> Delta<'a> {
 
     fn edit<'e>(&'e self, path: &'e str, action: Action<'e>) -> Edit<'e> {
         let spelt = self.disambiguated.iter().find(|(p, _)| *p == path).map(|(_, parts)| parts.as_slice());
-        Edit { whole: path, rest: spelt.map_or(Rest::Dotted(path), |parts| Rest::Spelt(parts)), action }
+        Edit { whole: path, rest: spelt.map_or(Rest::Dotted(path), Rest::Spelt), action }
     }
 }
 

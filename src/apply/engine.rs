@@ -68,6 +68,8 @@ pub struct ApplyStatus {
     pub healed: u64,
     /// Transactions tried again.
     pub retries: u64,
+    /// What a person must look at, until it is out of the way.
+    pub failure: Option<String>,
     /// Stored records that failed their crc.
     pub corrupt: u64,
     /// All lanes stand at one position and no unit is partly applied.
@@ -228,14 +230,18 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         if before == phase {
             return;
         }
+        let said = self.status.borrow().failure.clone();
         match &phase {
-            Phase::Waiting => {}
-            Phase::Running => tracing::info!(source = %self.source, "applying"),
+            Phase::Running if said.is_none() => tracing::info!(source = %self.source, "applying"),
             Phase::Retrying(reason) if !matches!(before, Phase::Retrying(_)) => {
                 tracing::warn!(source = %self.source, reason, "apply interrupted, retrying");
             }
-            Phase::Retrying(_) => {}
-            Phase::Failed { message, hint } => tracing::error!(source = %self.source, message, hint, "apply stopped"),
+            // Tried again every few seconds, said once.
+            Phase::Failed { message, hint } if said.as_ref() != Some(message) => {
+                tracing::error!(source = %self.source, reason = message, hint, "apply stopped");
+                self.status.send_modify(|status| status.failure = Some(message.clone()));
+            }
+            Phase::Waiting | Phase::Running | Phase::Retrying(_) | Phase::Failed { .. } => {}
         }
         self.status.send_modify(|status| status.phase = phase);
     }
@@ -555,7 +561,11 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
         });
         let refused = refused.collect();
         let position = self.confirmed;
+        let idle = self.lanes.is_idle();
         self.engine.status.send_modify(|status| {
+            if idle && status.failure.take().is_some() {
+                tracing::info!(source = %self.engine.source, "what stopped apply is out of the way");
+            }
             status.applied = Some(position);
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();

@@ -172,7 +172,11 @@ impl Router {
             self.announced.extend(change.uuid);
         }
         let id = self.ddl_id(change.position);
-        units.push(Unit::Ddl { id, keys, step: DdlStep::Event(Bytes::copy_from_slice(&bytes)) });
+        units.push(Unit::Ddl {
+            id,
+            keys,
+            step: DdlStep::Event { position: change.position, event: Bytes::copy_from_slice(&bytes) },
+        });
     }
 
     /// DDL stands before every change of its unit.

@@ -99,8 +99,8 @@ pub struct Claim {
 /// A DDL step to be done.
 #[derive(Clone, Debug)]
 pub enum DdlStep {
-    /// A DDL event of the source.
-    Event(Bytes),
+    /// A DDL event of the source, at its own position (several may share one cluster time).
+    Event { position: Position, event: Bytes },
     /// A collection that was at the target when the stream began: find it by name.
     Adopt { collection: CollectionUuid, db: String, coll: String },
 }

@@ -127,8 +127,32 @@ impl Ship {
             }
             Event::Record(Ok(stored)) => self.decide(sender::Event::Record(stored.batch)),
             Event::Record(Err(Error::Trimmed { .. } | Error::Restarted { .. })) => self.decide(sender::Event::Trimmed),
-            Event::Record(Err(error)) => Outcome::Failed(error.to_string()),
+            Event::Record(Err(error)) => {
+                if let Error::Corrupt { .. } = error {
+                    self.repair();
+                }
+                Outcome::Failed(error.to_string())
+            }
         }
+    }
+
+    /// A damaged record is never shipped: the outbox is cut back to its last good one, or begins again where the target
+    /// is, and capture reads the rest from the source's oplog once more. The session starts anew meanwhile.
+    fn repair(&self) {
+        self.entry().outgoing.send_modify(|view| view.counters.corrupt_records += 1);
+        let (outbox, standing, epoch) = (self.outbox.clone(), self.receiving.received, self.shared.config.epoch);
+        self.shared.tasks.spawn(async move {
+            let repaired = match (outbox.salvage().await, standing) {
+                (Ok(Some((end, hash))), _) => outbox.rewind(end, hash, None).await,
+                (Ok(None), Some(at)) => outbox.begin(at.incarnation, epoch, at.position, at.hash, None).await,
+                (Ok(None), None) => Ok(()),
+                (Err(error), _) => Err(error),
+            };
+            match repaired {
+                Ok(()) => tracing::warn!("the outbox held a damaged record; what followed is captured again"),
+                Err(error) => tracing::error!(%error, "the outbox holds a damaged record and cannot be repaired"),
+            }
+        });
     }
 
     pub(super) fn acked(&mut self, ack: &pb::Ack) -> Outcome {
@@ -136,6 +160,7 @@ impl Ship {
             view.received = ack.received.map(Into::into);
             view.applied = ack.applied.map(Into::into);
         });
+        self.shared.link_carries(self.entry());
         self.decide(sender::Event::Credit(ack.credit))
     }
 

@@ -42,6 +42,8 @@ pub struct PeerStatus {
     pub since: Instant,
     /// When the peer's certificate expires, seconds since the Unix epoch.
     pub certificate_expiry: Option<i64>,
+    /// What the log says of the link until something else is true.
+    said: Option<String>,
 }
 
 impl PeerStatus {
@@ -55,6 +57,7 @@ impl PeerStatus {
             rtt: None,
             since: now,
             certificate_expiry: None,
+            said: None,
         }
     }
 
@@ -135,15 +138,28 @@ pub(super) fn note_reject(view: &ViewCell, rejection: &Rejection, now: Instant) 
 }
 
 impl Shared {
-    /// A session is open.
+    /// A session is open. One that was refused before may be refused again at once: that it is up is only said when
+    /// something went over it ([`Self::link_carries`]).
     pub(super) fn link_up(&self, entry: &PeerEntry, peer: &Peer) {
         let now = Instant::now();
         entry.status.send_modify(|status| {
-            let again = !status.error.is_empty();
-            tracing::info!(peer = %status.site, address = peer.address, again, "link is up");
+            if status.said.is_none() {
+                tracing::info!(peer = %status.site, address = peer.address, "link is up");
+            }
             status.enter(LinkState::Connected, String::new(), String::new(), now);
             status.address.clone_from(&peer.address);
             status.certificate_expiry = peer.certificate_expires;
+        });
+    }
+
+    /// A batch or an acknowledgement went over the session.
+    pub(super) fn link_carries(&self, entry: &PeerEntry) {
+        entry.status.send_if_modified(|status| {
+            let recovered = status.said.take().is_some();
+            if recovered {
+                tracing::info!(peer = %status.site, address = status.address, "link is up again");
+            }
+            recovered
         });
     }
 
@@ -173,8 +189,11 @@ impl Shared {
             Ended::Cancelled | Ended::Duplicate => return,
         };
         entry.status.send_modify(|status| {
-            if status.error.is_empty() {
+            // Ways of not being reached take turns; they are one thing to say, a refusal is another.
+            let what = if state == LinkState::Refused { error.clone() } else { "unreachable".to_owned() };
+            if status.said.as_ref() != Some(&what) {
                 tracing::warn!(peer = %status.site, error, hint, "link is down (said once until it is up again)");
+                status.said = Some(what);
             }
             status.enter(state, error, hint, Instant::now());
             if let Some(address) = address {

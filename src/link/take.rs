@@ -204,6 +204,7 @@ impl Take {
             view.counters.bytes += bytes;
             view.received = self.machine.durable();
         });
+        self.shared.link_carries(self.entry());
     }
 
     fn failed(&mut self, error: Error) -> Outcome {

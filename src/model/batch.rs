@@ -398,8 +398,7 @@ mod tests {
 
         #[test]
         fn a_flipped_bit_is_always_found(at in any::<proptest::sample::Index>(), bit in 0u8..8) {
-            let record = batch(&[10, 700, 3], true).record().to_vec();
-            let mut bad = record.clone();
+            let mut bad = batch(&[10, 700, 3], true).record().to_vec();
             let at = at.index(bad.len());
             bad[at] ^= 1 << bit;
             prop_assert!(Batch::decode(bad.into()).is_err(), "byte {}", at);

@@ -117,6 +117,21 @@ pub fn get<'a>(document: &'a RawDocument, key: &str) -> Option<Element<'a>> {
     elements(document).map_while(Result::ok).find(|element| element.key == key)
 }
 
+/// The first element named `key`, with the bytes before it (behind the length) and after it (with the terminator).
+pub fn split_around<'a>(document: &'a RawDocument, key: &str) -> Option<(&'a [u8], Element<'a>, &'a [u8])> {
+    let all = &document.as_bytes()[4..];
+    let mut rest = &all[..all.len() - 1];
+    while !rest.is_empty() {
+        let start = all.len() - 1 - rest.len();
+        let (element, tail) = split_element(rest)?;
+        if element.key == key {
+            return Some((&all[..start], element, &all[all.len() - 1 - tail.len()..]));
+        }
+        rest = tail;
+    }
+    None
+}
+
 fn split_element(bytes: &[u8]) -> Option<(Element<'_>, &[u8])> {
     let (kind, bytes) = bytes.split_first()?;
     let end = bytes.iter().position(|b| *b == 0)?;

@@ -300,23 +300,21 @@ impl<T: Tail> Capture<T> {
                     Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into()))))
                 }
                 Step::Reply(Some(Err(error))) => Some(Outcome::Ended(EndReason::Tail(error))),
-                Step::Reply(Some(Ok(reply))) => {
-                    self.enter(Phase::Streaming);
-                    match chunker.cut(&reply) {
-                        Err(error) => Some(Outcome::Ended(EndReason::Chunk(error))),
-                        Ok(cuts) => {
-                            let enough = trimmed && !cuts.is_empty();
-                            self.account(&cuts, trimmed);
-                            match self.append(cuts, &mut pending).await {
-                                Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
-                                Ok(()) if enough => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted(
-                                    "resuming behind an oversized change".into(),
-                                )))),
-                                Ok(()) => None,
-                            }
+                Step::Reply(Some(Ok(reply))) => match chunker.cut(&reply) {
+                    Err(error) => Some(Outcome::Ended(EndReason::Chunk(error))),
+                    Ok(cuts) => {
+                        self.enter(Phase::Streaming);
+                        let enough = trimmed && !cuts.is_empty();
+                        self.account(&cuts, trimmed);
+                        match self.append(cuts, &mut pending).await {
+                            Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
+                            Ok(()) if enough => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted(
+                                "resuming behind an oversized change".into(),
+                            )))),
+                            Ok(()) => None,
                         }
                     }
-                }
+                },
             };
             if let Some(outcome) = outcome {
                 let Outcome::Restart(_) = outcome else { return finish(pending, outcome).await };

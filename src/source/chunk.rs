@@ -9,6 +9,7 @@ use bson::raw::{RawBsonRef, RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::token::{self, Token, TokenError};
+use crate::model::raw;
 use crate::model::{Batch, BatchBuilder, Epoch, Incarnation, Position, StreamHash};
 
 /// A batch is cut when its changes exceed this many bytes.
@@ -120,7 +121,7 @@ impl Chunker {
         let mut last: Option<(&RawDocument, bool)> = None;
         for event in reply.events()? {
             let event = event?;
-            let (own_token, parts) = split_token(event)?;
+            let (own_token, length, [before, after]) = split_token(event)?;
             let Token::Change(position) = token::decode(own_token)? else {
                 return Err(ChunkError::Shape("an event carries a high-water token"));
             };
@@ -134,8 +135,8 @@ impl Chunker {
                 cuts.push(self.finish(builder, end, token));
                 builder = self.builder();
             }
-            builder.push(position, &[&parts.0, parts.1]);
-            last = Some((own_token, event.get("txnNumber")?.is_some()));
+            builder.push(position, &[&length, before, after]);
+            last = Some((own_token, raw::get(event, "txnNumber").is_some()));
         }
         let reply_token = reply.token()?;
         let reply_time = token::decode(reply_token)?;
@@ -169,18 +170,14 @@ impl Chunker {
     }
 }
 
-/// Splits an event into its token and the bytes of the event without it (a new length and the rest): the token is as
+/// An event's token, and the bytes of the event without it (a new length and what is around the token): the token is as
 /// long as the document key and of no use at the target.
-fn split_token(event: &RawDocument) -> Result<(&RawDocument, ([u8; 4], &[u8])), ChunkError> {
-    const ID: &[u8] = b"\x03_id\0";
-    let bytes = event.as_bytes();
-    if !bytes[4..].starts_with(ID) {
-        return Err(ChunkError::Shape("an event does not begin with its resume token"));
-    }
-    let token = event.get_document("_id").map_err(|_| ChunkError::Shape("an event has no resume token"))?;
-    let rest = &bytes[4 + ID.len() + token.as_bytes().len()..];
-    let length = i32::try_from(rest.len() + 4).map_err(|_| ChunkError::Shape("an event is too large"))?;
-    Ok((token, (length.to_le_bytes(), rest)))
+fn split_token(event: &RawDocument) -> Result<(&RawDocument, [u8; 4], [&[u8]; 2]), ChunkError> {
+    const NONE: ChunkError = ChunkError::Shape("an event has no resume token");
+    let (before, token, after) = raw::split_around(event, "_id").ok_or(NONE)?;
+    let length =
+        i32::try_from(4 + before.len() + after.len()).map_err(|_| ChunkError::Shape("an event is too large"))?;
+    Ok((token.document().ok_or(NONE)?, length.to_le_bytes(), [before, after]))
 }
 
 #[cfg(test)]
@@ -290,6 +287,17 @@ mod tests {
         let changes = cuts[0].batch.changes().expect("changes");
         let (_, document) = changes.entries().next().expect("one").expect("valid");
         assert_eq!(document, &*rawdoc! {"operationType": "delete"});
+    }
+
+    /// MongoDB 6.0.5 puts the new name of a rename before the token.
+    #[test]
+    fn the_token_need_not_come_first() {
+        let token = token_of(at(2), Some(0));
+        let rename = rawdoc! {"to": {"db": "d", "coll": "c"}, "_id": token.clone(), "operationType": "rename"};
+        let cuts = chunker(true).cut(&reply(&[rename], token)).expect("cut");
+        let changes = cuts[0].batch.changes().expect("changes");
+        let (_, document) = changes.entries().next().expect("one").expect("valid");
+        assert_eq!(document, &*rawdoc! {"to": {"db": "d", "coll": "c"}, "operationType": "rename"});
     }
 
     #[test]

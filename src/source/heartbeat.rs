@@ -89,7 +89,7 @@ impl Heartbeat {
         if let Some(time) = majority.ok().and_then(|m| m.get_timestamp("ts").ok()) {
             self.head.send_modify(|head| head.time = head.time.max(mongo::cluster_time(time)));
         }
-        if count % OPLOG_EVERY == 0
+        if count.is_multiple_of(OPLOG_EVERY)
             && let Some(oldest) = mongo::oldest_oplog_time(&self.client).await?
         {
             self.head.send_modify(|head| head.oldest = oldest);

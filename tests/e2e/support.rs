@@ -24,7 +24,20 @@ pub(crate) const CATCH_UP: Duration = Duration::from_secs(120);
 pub(crate) async fn pair(options: PairOptions) -> Result<Pair> {
     let pair = Pair::start(&options).await?;
     pair.wait_ready(Duration::from_secs(60)).await?;
+    streaming(&pair).await?;
     Ok(pair)
+}
+
+/// Waits until the stream runs.
+pub(crate) async fn streaming(pair: &Pair) -> Result<()> {
+    wait::until("the stream to run", Duration::from_secs(60), || async {
+        let stream = stream(pair).await?;
+        match stream.state.as_str() {
+            "streaming" => Ok(()),
+            state => bail!("{state} ({})", stream.reason),
+        }
+    })
+    .await
 }
 
 /// A client of the users of a site.

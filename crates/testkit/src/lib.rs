@@ -6,6 +6,7 @@
 //! - [`compare`], [`workload`]: whether two clusters are equal, and what is written to them.
 //! - [`proxy`]: what lies between two sites: a TCP proxy (delay, bandwidth, cuts, partitions) and a gRPC proxy that
 //!   loses, repeats, reorders and corrupts decoded frames.
+//! - [`sizes`]: how much a test does, from the environment; what was skipped.
 //! - [`process`], [`ports`], [`scratch`], [`wait`]: what the above is made of.
 //!
 //! Invariants: nothing outlives the test process, also when it panics or is killed ([`process`]); every process is
@@ -29,5 +30,6 @@ pub mod ports;
 pub mod process;
 pub mod proxy;
 pub mod scratch;
+pub mod sizes;
 pub mod wait;
 pub mod workload;

@@ -1,4 +1,5 @@
 //! The TCP proxy against a server that sends back what it gets.
+#![allow(clippy::disallowed_methods, reason = "a test with peers of its own")]
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

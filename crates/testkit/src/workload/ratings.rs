@@ -15,20 +15,10 @@ use super::retry::{self, PAUSE};
 use super::run::{Stop, Until};
 use super::values;
 
-const NAMES: &[&str] = &[
-    "Lighthouse",
-    "Breakwater",
-    "Tidal Pool",
-    "Harbour Pilot",
-    "Foghorn",
-    "Anchor",
-    "Compass Rose",
-    "Sextant",
-    "Spinnaker",
-    "Trade Wind",
-    "Coral Reef",
-    "Lagoon",
-];
+/// The sample application's items: name and `uid`.
+const ITEMS: &[(&str, i32)] = &[("Banana", 1), ("Coconut", 2), ("Oranges", 3), ("Pineapple", 4)];
+/// Pages of its one site.
+const PAGES: &[(&str, &str)] = &[("Home", "Welcome"), ("Rating", "Rate our smoothies"), ("Leaderboard", "Leaderboard")];
 /// How long one write keeps trying through an election.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,7 +33,7 @@ impl Ratings {
     /// The same seed gives the same items and sites.
     pub fn new(seed: u64, database: &str) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let items = NAMES.iter().map(|_| values::oid(&mut rng)).collect();
+        let items = ITEMS.iter().map(|_| values::oid(&mut rng)).collect();
         Self { database: database.to_owned(), rng, items }
     }
 
@@ -53,18 +43,13 @@ impl Ratings {
         for name in ["items", "ratings", "sites"] {
             db.collection::<Document>(name).drop().await?;
         }
-        let items: Vec<Document> = self
-            .items
-            .iter()
-            .zip(NAMES)
-            .enumerate()
-            .map(|(n, (id, name))| {
-                let img = format!("/img/{}.jpg", name.to_lowercase().replace(' ', "-"));
-                doc! { "_id": id, "uid": n as i32 + 1, "name": name, "img": img }
-            })
-            .collect();
+        let item = |(id, (name, uid)): (&ObjectId, &(&str, i32))| {
+            let img = format!("/images/{}.jpg", name.to_lowercase());
+            doc! { "_id": id, "uid": uid, "name": name, "img": img, "__v": 0 }
+        };
+        let items: Vec<Document> = self.items.iter().zip(ITEMS).map(item).collect();
         db.collection("items").insert_many(items).await?;
-        db.collection("sites").insert_many(self.sites()).await?;
+        db.collection("sites").insert_one(self.site()).await?;
         let mut left = history;
         while left > 0 {
             let count = left.min(1_000);
@@ -75,18 +60,14 @@ impl Ratings {
         Ok(())
     }
 
-    fn sites(&mut self) -> Vec<Document> {
-        [("Shore Guide", "SHORE"), ("Sailors", "SAIL")]
-            .iter()
-            .enumerate()
-            .map(|(n, (name, code))| {
-                let rate = doc! { "title": "Rate", "submitText": "Submit", "items": &self.items };
-                let board = doc! { "title": "Leaderboard", "order": "rating" };
-                let id = values::oid(&mut self.rng);
-                let pages = doc! { "RATE": rate, "LEADERBOARD": board, "version": n as i32 };
-                doc! { "_id": id, "name": name, "shortCode": code, "pages": pages }
-            })
-            .collect()
+    fn site(&mut self) -> Document {
+        let page = |(name, title): &(&str, &str)| {
+            let image = format!("/images/{}.png", name.to_lowercase());
+            ((*name).to_owned(), doc! { "title": title, "headerImage": image, "subtitle": "Fruit Smoothies" }.into())
+        };
+        let pages: Document = PAGES.iter().map(page).collect();
+        let id = values::oid(&mut self.rng);
+        doc! { "_id": id, "name": "Fruit Smoothies", "shortCode": "FR", "pages": pages }
     }
 
     fn rating(&mut self) -> Document {
@@ -99,6 +80,7 @@ impl Ratings {
             "timestamp": DateTime::now(),
             "raterIp": ip,
             "itemRated": rated,
+            "__v": 0,
         }
     }
 
