@@ -110,8 +110,9 @@ pub struct Engine<T, F> {
 const JOB_CHANGES: usize = 1_000;
 /// Bytes in one transaction, at most (one change more may follow).
 const JOB_BYTES: usize = 4 << 20;
-/// How often the majority's state is asked while something moves.
-const CONFIRM_EVERY: Duration = Duration::from_millis(100);
+/// How often the majority's state is asked while something moves. Asking makes the server flush its journal, so this is
+/// also how late a majority reader sees what was committed.
+const CONFIRM_EVERY: Duration = Duration::from_millis(25);
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a failure a person must look at rests before it is tried again.
