@@ -14,9 +14,7 @@ use farshore::apply::catalog::{Entry, Presence};
 use farshore::apply::lanes::{Floor, LaneState};
 use farshore::apply::store;
 use farshore::apply::target::StreamRecord;
-use farshore::model::{
-    Batch, BatchBuilder, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, StreamHash,
-};
+use farshore::model::{Batch, BatchBuilder, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, StreamHash};
 use farshore_api::replication::v1 as pb;
 use prost::Message as _;
 use rand::rngs::StdRng;
@@ -85,10 +83,15 @@ fn frames() -> Vec<Vec<u8>> {
             start_at: Some(4),
             empty: true,
         }],
-        originating: vec![pb::Originating { source: "south".into(), incarnation: vec![8; 16].into(), captured: position }],
+        originating: vec![pb::Originating {
+            source: "south".into(),
+            incarnation: vec![8; 16].into(),
+            captured: position,
+        }],
         leader: true,
     };
-    let shipped = pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch(false).record().clone(), begins: true };
+    let shipped =
+        pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch(false).record().clone(), begins: true };
     let ack = pb::Ack { source: "north".into(), received: position, applied: position, verified: None, credit: 9 };
     let reject = pb::Reject { reason: 3, message: "over".into(), hint: "stop".into(), epoch: 1, term: 4 };
     [Body::Hello(hello), Body::Batch(shipped), Body::Ack(ack), Body::Reject(reject)]
@@ -134,15 +137,21 @@ fn samples(entry: &str) -> Vec<Vec<u8>> {
         }
         "change" => events().into_iter().map(bytes_of).collect(),
         "resume_token" => {
-            vec![token("2B04").into_bytes(), b"826B00B86F000000052B022C01002C75566E5A1004".to_vec(), b"826B00B871000000032B0229296E04".to_vec()]
+            vec![
+                token("2B04").into_bytes(),
+                b"826B00B86F000000052B022C01002C75566E5A1004".to_vec(),
+                b"826B00B871000000032B0229296E04".to_vec(),
+            ]
         }
         "reply" => vec![reply(events()), reply(Vec::new())],
         "delta" => {
-            let document = doc! {"_id": 1, "n": 0, "a": {"b": 1}, "list": [1, 2, 3, 4], "gone": 1, "c": {"d": 2}, "a.b": 3};
+            let document =
+                doc! {"_id": 1, "n": 0, "a": {"b": 1}, "list": [1, 2, 3, 4], "gone": 1, "c": {"d": 2}, "a.b": 3};
             let description = |event: &Document| event.get_document("updateDescription").cloned();
             let plain = doc! {"updatedFields": {"z": 1, "b": 2, "7": 3}, "removedFields": ["n"], "truncatedArrays": [{"field": "list", "newSize": 1}]};
             let spelt = doc! {"updatedFields": {"a.b": 9}, "removedFields": [], "truncatedArrays": [], "disambiguatedPaths": {"a.b": ["a", "b"]}};
-            let descriptions = events().iter().filter_map(|e| description(e).ok()).chain([plain, spelt]).collect::<Vec<_>>();
+            let descriptions =
+                events().iter().filter_map(|e| description(e).ok()).chain([plain, spelt]).collect::<Vec<_>>();
             descriptions.into_iter().map(|d| [bytes_of(d), bytes_of(document.clone())].concat()).collect()
         }
         "config" => vec![CONFIG.into()],

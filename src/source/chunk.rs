@@ -121,7 +121,7 @@ impl Chunker {
         let mut last: Option<(&RawDocument, bool)> = None;
         for event in reply.events()? {
             let event = event?;
-            let (own_token, length, [before, after]) = split_token(event)?;
+            let Stripped { token: own_token, length, around: [before, after] } = strip(event)?;
             let Token::Change(position) = token::decode(own_token)? else {
                 return Err(ChunkError::Shape("an event carries a high-water token"));
             };
@@ -170,14 +170,20 @@ impl Chunker {
     }
 }
 
-/// An event's token, and the bytes of the event without it (a new length and what is around the token): the token is as
-/// long as the document key and of no use at the target.
-fn split_token(event: &RawDocument) -> Result<(&RawDocument, [u8; 4], [&[u8]; 2]), ChunkError> {
+/// An event without its token, as the parts to be written one after the other.
+struct Stripped<'a> {
+    token: &'a RawDocument,
+    length: [u8; 4],
+    around: [&'a [u8]; 2],
+}
+
+/// Takes the token out of an event: it is as long as the document key and of no use at the target.
+fn strip(event: &RawDocument) -> Result<Stripped<'_>, ChunkError> {
     const NONE: ChunkError = ChunkError::Shape("an event has no resume token");
     let (before, token, after) = raw::split_around(event, "_id").ok_or(NONE)?;
     let length =
         i32::try_from(4 + before.len() + after.len()).map_err(|_| ChunkError::Shape("an event is too large"))?;
-    Ok((token.document().ok_or(NONE)?, length.to_le_bytes(), [before, after]))
+    Ok(Stripped { token: token.document().ok_or(NONE)?, length: length.to_le_bytes(), around: [before, after] })
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use farshore::apply::engine::{self, Engine, FetchClient};
 use farshore::link::{
-    FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, Receiving, SourceProgress, StartGate,
-    StartRefusal, Transport as _, server,
+    FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, Receiving, SourceProgress, StartGate, StartRefusal,
+    Transport as _, server,
 };
 use farshore::model::{
     AgentId, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, SiteName, StreamHash, StreamId, hash, raw,

@@ -210,7 +210,11 @@ impl Target for SimTarget {
             }
             let lanes = positions(&world.target.lanes).ok_or(TargetError::Moved("a lane is missing".into()))?;
             if let Some((position, _)) = floor
-                && world.target.lanes.values().any(|lane| lane.state.resume_from() < position && !lane.state.parked.is_empty())
+                && world
+                    .target
+                    .lanes
+                    .values()
+                    .any(|lane| lane.state.resume_from() < position && !lane.state.parked.is_empty())
             {
                 world.broken(format!("floor {position} is past a parked collection"));
             }
@@ -252,7 +256,17 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
     let mut suspects = Vec::new();
     match divergence {
         Divergence::Unique { collection, fields } => {
-            let Some((Ok(field), there)) = fields.iter().next().map(|f| f.map(|f| (f, here(collection)))).transpose().ok().flatten().map(|(f, t)| (Ok::<_, ()>(f), t)) else { return suspects };
+            let Some((Ok(field), there)) = fields
+                .iter()
+                .next()
+                .map(|f| f.map(|f| (f, here(collection))))
+                .transpose()
+                .ok()
+                .flatten()
+                .map(|(f, t)| (Ok::<_, ()>(f), t))
+            else {
+                return suspects;
+            };
             let (name, value) = (field.0.as_str().to_owned(), bson::Bson::try_from(field.1).ok());
             for (identity, bytes) in there.iter().flat_map(|c| &c.documents) {
                 if field_of(bytes, &name) == value {
@@ -289,7 +303,11 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
             Op::Delete if !exists => Some("delete"),
             _ => None,
         };
-        if change.op == Op::Delete { there.remove(&id) } else { there.insert(id) };
+        if change.op == Op::Delete {
+            there.remove(&id)
+        } else {
+            there.insert(id)
+        };
         let kind = if change.trimmed { Some("large") } else { kind };
         if let (Some(kind), Some(key)) = (kind, change.document_key) {
             let suspect = Suspect { collection: id.0, identity: id.1, key: key.to_owned(), kind };
@@ -468,7 +486,8 @@ impl SimTarget {
             .await?;
         self.guard().await?;
         for here in left {
-            let newer = |known: &Entry| known.presence == Presence::Present(here) && known.ddl_through > change.position;
+            let newer =
+                |known: &Entry| known.presence == Presence::Present(here) && known.ddl_through > change.position;
             if !entries.values().any(newer) {
                 self.drop_collection(here).await?;
             }
@@ -497,7 +516,11 @@ pub(crate) fn compare(world: &World) -> Vec<String> {
             }
         }
         if there.documents.len() != collection.documents.len() {
-            differences.push(format!("{name}: {} documents, not {}", there.documents.len(), collection.documents.len()));
+            differences.push(format!(
+                "{name}: {} documents, not {}",
+                there.documents.len(),
+                collection.documents.len()
+            ));
         }
     }
     for collection in db.collections.values() {

@@ -147,7 +147,9 @@ pub(crate) fn run(seed: u64) -> Result<Outcome, Failure> {
     let mut world = lock(&world);
     let trace = std::mem::take(&mut world.trace);
     match result {
-        Ok(()) => Ok(Outcome { counts: world.counts, done: world.target.done, events: world.source.len(), simulated, trace }),
+        Ok(()) => {
+            Ok(Outcome { counts: world.counts, done: world.target.done, events: world.source.len(), simulated, trace })
+        }
         Err(reason) => Err(Failure { reason, trace }),
     }
 }
@@ -188,7 +190,11 @@ impl Driver<'_> {
                 let state = agent.store.state(&log).ok()??;
                 Some(format!("{log} {}..{} {} bytes", state.first, state.end, state.bytes))
             });
-            let peers = agent.hub.iter().flat_map(|hub| hub.peers()).map(|p| format!("{:?} {} {}", p.state, p.address, p.error));
+            let peers = agent
+                .hub
+                .iter()
+                .flat_map(|hub| hub.peers())
+                .map(|p| format!("{:?} {} {}", p.state, p.address, p.error));
             let (states, peers) = (states.collect::<Vec<_>>(), peers.collect::<Vec<_>>());
             format!("\n  {host}: {states:?} {peers:?} applied {:?} {:?}", agent.status.applied, agent.status.phase)
         });
