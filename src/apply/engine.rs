@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::{Catalog, Entries, Entry, Presence};
-use super::lanes::{DdlId, Floor, Job, LaneStep, Lanes, Limits};
+use super::lanes::{DdlId, Floor, Item, Job, LaneStep, Lanes, Limits};
 use super::plan::{Floors, Resolved};
 use super::route::{Router, Unit};
 use super::target::{
@@ -110,12 +110,15 @@ pub struct Engine<T, F> {
 const JOB_CHANGES: usize = 1_000;
 /// Bytes in one transaction, at most (one change more may follow).
 const JOB_BYTES: usize = 4 << 20;
-/// How often the majority's state is asked while something moves.
-const CONFIRM_EVERY: Duration = Duration::from_millis(100);
+/// How often the majority's state is asked while something moves. Asking makes the server flush its journal, so this is
+/// also how late a majority reader sees what was committed.
+const CONFIRM_EVERY: Duration = Duration::from_millis(25);
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a failure a person must look at rests before it is tried again.
 const FAILED_RETRY: Duration = Duration::from_secs(5);
+/// Tries of one DDL step before the whole session starts afresh.
+const DDL_ATTEMPTS: u32 = 10;
 /// Keys asked for in one fetch; the answer may hold fewer.
 const FETCH_KEYS: usize = 100;
 
@@ -193,6 +196,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             };
             delay = (delay * 2).min(RETRY_MAX);
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return Ok(()),
                 () = tokio::time::sleep(wait) => {}
             }
@@ -284,11 +288,11 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         }
         let claim = self.target.claim(self.term, self.options.workers).await?;
         let (_, election) = self.target.confirm(None).await?;
-        let mut lanes = Lanes::new(claim.lanes);
+        let mut lanes = Lanes::new(claim.lanes, claim.record.floor);
         for (uuid, entry) in &claim.entries {
             lanes.set_collection(*uuid, entry.one_lane, entry.ddl_through);
         }
-        let from = lanes.resume_from();
+        let from = lanes.read();
         let session = Session {
             engine: self,
             reader: self.inbox.reader(from),
@@ -410,7 +414,7 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             .batch
             .changes()
             .map_err(|e| fatal(e.to_string(), "the stored batch is damaged; it is received again"))?;
-        let skip = stored.skip_through.max(self.lanes.resume_from());
+        let skip = stored.skip_through.max(self.lanes.read());
         let mut units = Vec::new();
         let routed = self.router.feed(&changes, skip, &self.catalog.entries(), &mut units);
         for unit in units {
@@ -458,11 +462,20 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             let target = Arc::clone(&self.engine.target);
             let (positions, election, entries) = (self.lanes.positions(), self.election, self.catalog.entries());
             self.tasks.spawn(async move {
-                let result = async {
+                let attempt = || async {
                     check(target.confirm(None).await, &positions, election)?;
                     target.ddl(id.0, &step, &entries).await
                 };
-                Report::Ddl { id, result: result.await }
+                let mut delay = RETRY_MIN;
+                let mut result = attempt().await;
+                for _ in 0..DDL_ATTEMPTS {
+                    let Err(TargetError::Transient(reason)) = &result else { break };
+                    tracing::debug!(reason, "ddl tried again");
+                    tokio::time::sleep(delay).await;
+                    delay = (delay * 2).min(RETRY_MAX);
+                    result = attempt().await;
+                }
+                Report::Ddl { id, result }
             });
         }
     }
@@ -565,7 +578,8 @@ impl<T: Target, F: FetchClient> Session<'_, T, F> {
             if idle && status.failure.take().is_some() {
                 tracing::info!(source = %self.engine.source, "what stopped apply is out of the way");
             }
-            status.applied = Some(position);
+            // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
+            status.applied = status.applied.max(Some(position));
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
             status.refused = refused;
@@ -641,6 +655,14 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         }
     }
 
+    /// Whether a change is applied at all: its document may be ahead already, its collection may not be replicated, and
+    /// then what is at the target says nothing about it.
+    fn applies(&self, item: &Item) -> bool {
+        let ahead = self.floors.get(&(item.collection, item.key)).is_some_and(|at| *at >= item.position.time);
+        let entry = self.entries.get(&item.collection);
+        !ahead && entry.is_some_and(|entry| matches!(entry.presence, Presence::Present(_)))
+    }
+
     /// Fetches what diverged; returns how many documents that were.
     async fn heal(
         &self,
@@ -649,7 +671,8 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         resolved: &mut Vec<Resolved>,
         applied: &mut Applied,
     ) -> Result<usize, TargetError> {
-        let suspects = self.target.examine(&job.items, &self.entries, divergence).await?;
+        let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
+        let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
         let known: BTreeSet<_> = resolved.iter().map(|r| (r.floor.collection, r.floor.key)).collect();
         let mut wanted: BTreeMap<CollectionUuid, Vec<Suspect>> = BTreeMap::new();
         let mut seen = BTreeSet::new();

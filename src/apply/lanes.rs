@@ -231,13 +231,14 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Continues from stored states; reading starts at [`Self::resume_from`].
+    /// Continues from stored states and the stored floor; reading starts at [`Self::read`]. Lanes may stand past DDL that
+    /// is not done, so only the floor tells where nothing is missed.
     ///
     /// # Panics
     /// Not exactly one state per lane.
-    pub fn new(states: Vec<LaneState>) -> Self {
+    pub fn new(states: Vec<LaneState>, floor: Position) -> Self {
         assert_eq!(states.len(), LaneId::COUNT, "one state per lane");
-        let read = states.iter().map(LaneState::resume_from).min().unwrap_or_default();
+        let read = states.iter().map(LaneState::resume_from).min().unwrap_or_default().min(floor);
         let lanes = states.into_iter().map(|state| Lane { state, ..Lane::default() }).collect();
         Self {
             lanes,
@@ -253,8 +254,8 @@ impl Lanes {
         }
     }
 
-    /// Where reading must start.
-    pub fn resume_from(&self) -> Position {
+    /// Everything up to here was pushed; reading goes on behind it.
+    pub fn read(&self) -> Position {
         self.read
     }
 

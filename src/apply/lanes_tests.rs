@@ -175,6 +175,8 @@ struct Target {
     /// Per collection the last DDL, and whether it uses one lane.
     catalog: BTreeMap<CollectionUuid, (Position, bool)>,
     applied: BTreeMap<Position, usize>,
+    /// As the engine stores it: at most what the lanes called applied.
+    floor: Position,
 }
 
 impl Target {
@@ -191,7 +193,8 @@ impl Target {
     }
 
     fn restart(&self) -> Lanes {
-        let mut lanes = Lanes::new(self.lanes.clone());
+        let lifted = self.lanes.iter().map(|lane| lane.clone().lifted(self.floor)).collect();
+        let mut lanes = Lanes::new(lifted, self.floor);
         for (uuid, (through, one_lane)) in &self.catalog {
             lanes.set_collection(*uuid, *one_lane, *through);
         }
@@ -248,6 +251,7 @@ proptest! {
             lanes: vec![LaneState::default(); LaneId::COUNT],
             catalog: BTreeMap::new(),
             applied: BTreeMap::new(),
+            floor: Position::ZERO,
         };
         let mut lanes = target.restart();
         let mut next = 0;
@@ -275,21 +279,17 @@ proptest! {
                     }
                     ddls.clear();
                     lanes = target.restart();
-                    let from = lanes.resume_from();
+                    for (stored, lane) in target.lanes.iter_mut().zip(LaneId::all()) {
+                        *stored = lanes.lanes[lane.index()].state.clone();
+                    }
+                    let from = lanes.read();
                     next = units.iter().position(|unit| match unit {
                         Unit::Changes(changes) => changes.last().is_some_and(|(p, _)| *p > from),
                         Unit::Unique(p, _) | Unit::Clear(p, _) => *p > from,
                     }).unwrap_or(units.len());
-                    // DDL that is not done holds the resume point back only through the floor, which a restart without
-                    // a stored floor does not know: read from the first undone one.
-                    let undone = units.iter().position(|unit| match unit {
-                        Unit::Unique(p, _) => target.catalog.get(&uuid(2)).is_none_or(|(t, _)| t < p),
-                        Unit::Clear(p, c) => target.catalog.get(&uuid(*c)).is_none_or(|(t, _)| t < p),
-                        Unit::Changes(_) => false,
-                    });
-                    next = next.min(undone.unwrap_or(units.len()));
                     floor = Position::ZERO;
                 }
+                15 => target.floor = lanes.floor(),
                 u8::MAX => {
                     if next < units.len() { push(&mut lanes, &target, &units[next]); next += 1; continue; }
                     if let Some(job) = jobs.pop().or_else(|| lanes.take(Limits { changes: 3, bytes: 1000, lanes: 2 })) {
@@ -319,7 +319,7 @@ proptest! {
 
 #[test]
 fn a_long_ddl_on_one_collection_does_not_hold_back_another() {
-    let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT]);
+    let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT], Position::ZERO);
     let at = |time| Position::new(ClusterTime(time), 1);
     lanes.push_ddl((at(1), 0), vec![GateKey::Collection(uuid(0))]);
     assert_eq!(lanes.take_ddl(), Some((at(1), 0)));
@@ -337,7 +337,7 @@ fn a_long_ddl_on_one_collection_does_not_hold_back_another() {
 
 #[test]
 fn a_transaction_waits_for_all_its_lanes_and_runs_alone_on_them() {
-    let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT]);
+    let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT], Position::ZERO);
     let at = |time, ordinal| Position::new(ClusterTime(time), ordinal);
     lanes.push(item(at(1, 1), (0, 1, Some(1))));
     lanes.push_together(vec![item(at(2, 1), (0, 1, Some(2))), item(at(2, 2), (1, 2, Some(2)))]);

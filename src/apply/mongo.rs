@@ -211,7 +211,7 @@ impl MongoTarget {
         session: &mut ClientSession,
         term: Term,
         transaction: Transaction<'_>,
-        steps: &[Step],
+        steps: Vec<Step>,
     ) -> Result<(), CommitError> {
         let reply = self.run(session, DB, self.lanes_command(term, transaction.lanes), "move the lanes").await?;
         if let Some(error) = first_write_error(&reply) {
@@ -223,10 +223,10 @@ impl MongoTarget {
         for step in steps {
             match step {
                 Step::Run { db, collection, body, expected } => {
-                    self.run_step(session, db, *collection, body.clone(), *expected).await?;
+                    self.run_step(session, &db, collection, body, expected).await?;
                 }
                 Step::Patch { entry, collection, changes } => {
-                    self.run_patch(session, entry, *collection, changes).await?
+                    self.run_patch(session, &entry, collection, &changes).await?
                 }
             }
         }
@@ -521,7 +521,7 @@ impl Target for MongoTarget {
             .await
             .map_err(Failure::of("start a transaction"))
             .map_err(TargetError::from)?;
-        match self.run_transaction(&mut session, held.term, transaction, &steps).await {
+        match self.run_transaction(&mut session, held.term, transaction, steps).await {
             Ok(()) => match session.commit_transaction().await.map_err(Failure::of("commit a transaction")) {
                 Ok(()) => Ok(()),
                 Err(failure) if failure.transaction_aborted => Err(TargetError::Transient(failure.to_string()).into()),

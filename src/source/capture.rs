@@ -266,6 +266,7 @@ impl<T: Tail> Capture<T> {
         let pump = self.pump(chunker, &mut replies, trimmed, cancel);
         tokio::pin!(reader, pump);
         tokio::select! {
+            biased;
             outcome = &mut pump => outcome,
             () = &mut reader => pump.await,
         }

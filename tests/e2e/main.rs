@@ -1,5 +1,7 @@
 //! Whole agents on real replica sets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests deal with real processes and real time")]
 
+mod kills;
 mod replicate;
 mod support;

@@ -20,6 +20,8 @@ use crate::wait;
 
 /// A member that does not answer within this is not asked further (it may be stopped).
 const ANSWER: Duration = Duration::from_millis(500);
+/// A server that ends writes what it has to disk first.
+const SHUTDOWN: Duration = Duration::from_secs(60);
 
 /// The servers; shared by nobody but handed on between tests when warm.
 pub(super) struct Servers {
@@ -159,6 +161,16 @@ impl ReplicaSet {
     /// SIGKILL.
     pub fn kill9(&self, member: usize) -> Result<()> {
         self.member(member).process.kill9()
+    }
+
+    /// SIGTERM, and waits for its end.
+    pub async fn terminate(&self, member: usize) -> Result<()> {
+        self.member(member).process.terminate()?;
+        wait::until("a member to end", SHUTDOWN, || async {
+            ensure!(!self.member(member).process.is_running(), "member {member} still runs");
+            Ok(())
+        })
+        .await
     }
 
     /// SIGSTOP.

@@ -1,0 +1,177 @@
+//! The kill matrix: whatever is killed under load, both sites end equal, nothing is applied twice, and no reader of the
+//! target ever sees half a transaction.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use farshore_testkit::compare::Options;
+use farshore_testkit::mongo;
+use farshore_testkit::pair::{Between, Pair, PairOptions, Sets, Side};
+use farshore_testkit::sizes;
+use farshore_testkit::workload::{ConstantSum, Counters, Profile, Until, Workload};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
+use crate::support::{CATCH_UP, caught_up, client, equal, pair};
+
+/// What is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Cell {
+    SourceAgent,
+    TargetAgent,
+    BothAgents,
+    SourceStepsDown,
+    SourcePrimary,
+    TargetStepsDown,
+    TargetPrimary,
+    LinkCut,
+    Everything,
+}
+
+const CELLS: [Cell; 9] = [
+    Cell::SourceAgent,
+    Cell::TargetAgent,
+    Cell::TargetPrimary,
+    Cell::LinkCut,
+    Cell::SourcePrimary,
+    Cell::BothAgents,
+    Cell::TargetStepsDown,
+    Cell::SourceStepsDown,
+    Cell::Everything,
+];
+
+async fn kill_primary(pair: &mut Pair, side: Side) -> Result<usize> {
+    let set = &pair.site(side).mongo;
+    let primary = set.wait_primary(CATCH_UP).await?;
+    set.kill9(primary)?;
+    Ok(primary)
+}
+
+async fn restart_member(pair: &mut Pair, side: Side, member: usize) -> Result<()> {
+    pair.site(side).mongo.restart(member).await
+}
+
+fn kill_agent(pair: &mut Pair, side: Side) -> Result<()> {
+    pair.site(side).agents[0].kill9()
+}
+
+fn start_agent(pair: &mut Pair, side: Side) -> Result<()> {
+    pair.site(side).agents[0].restart()
+}
+
+/// Kills, leaves it dead for a moment that differs by seed, and brings it back.
+async fn strike(pair: &mut Pair, cell: Cell, away: Duration) -> Result<()> {
+    match cell {
+        Cell::SourceAgent | Cell::TargetAgent => {
+            let side = if cell == Cell::SourceAgent { Side::North } else { Side::South };
+            kill_agent(pair, side)?;
+            tokio::time::sleep(away).await;
+            start_agent(pair, side)?;
+        }
+        Cell::BothAgents => {
+            kill_agent(pair, Side::North)?;
+            kill_agent(pair, Side::South)?;
+            tokio::time::sleep(away).await;
+            start_agent(pair, Side::South)?;
+            start_agent(pair, Side::North)?;
+        }
+        Cell::SourceStepsDown => pair.site(Side::North).mongo.step_down().await?,
+        Cell::TargetStepsDown => pair.site(Side::South).mongo.step_down().await?,
+        Cell::SourcePrimary | Cell::TargetPrimary => {
+            let side = if cell == Cell::SourcePrimary { Side::North } else { Side::South };
+            let member = kill_primary(pair, side).await?;
+            tokio::time::sleep(away).await;
+            restart_member(pair, side, member).await?;
+        }
+        Cell::LinkCut => {
+            pair.link.cut().await?;
+            tokio::time::sleep(away).await;
+            pair.link.heal().await?;
+        }
+        Cell::Everything => {
+            kill_agent(pair, Side::North)?;
+            kill_agent(pair, Side::South)?;
+            pair.link.cut().await?;
+            let north = kill_primary(pair, Side::North).await?;
+            let south = kill_primary(pair, Side::South).await?;
+            tokio::time::sleep(away).await;
+            restart_member(pair, Side::North, north).await?;
+            restart_member(pair, Side::South, south).await?;
+            pair.link.heal().await?;
+            start_agent(pair, Side::South)?;
+            start_agent(pair, Side::North)?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_is_killed_both_sites_end_equal() -> Result<()> {
+    let (seed, kills) = (sizes::seed(), sizes::kills());
+    let sets = Sets::New(mongo::Options { members: 3, ..mongo::Options::default() });
+    let settings = vec![("lease", "ttl", "\"2s\"".to_owned())];
+    let mut pair = pair(PairOptions { sets, between: Between::Tcp, settings, ..PairOptions::default() }).await?;
+    let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
+    let stop = Arc::new(AtomicBool::new(false));
+    let until = || Until::Flag(stop.clone());
+
+    let mut sum = ConstantSum::new(seed, "bank", 20);
+    sum.load(&source).await?;
+    let watched = ConstantSum::new(seed, "bank", 20);
+    let mut counters = Counters::new(seed, "counters");
+    let profile = Profile { writers: 1, patience: CATCH_UP, ..Profile::default() };
+    let workload = Workload::new(seed, profile, "app");
+    let reads = Arc::new(AtomicU64::new(0));
+    let spawn = |client: &mongodb::Client| client.clone();
+    let (for_sum, for_counters, for_workload) = (spawn(&source), spawn(&source), spawn(&source));
+    let (until_sum, until_counters, until_workload) = (until(), until(), until());
+    let transfers = tokio::spawn(async move { sum.run(&for_sum, until_sum).await });
+    let counting = tokio::spawn(async move {
+        let done = counters.run(&for_counters, until_counters).await;
+        done.map(|done| (done, counters))
+    });
+    let writing = tokio::spawn(async move { workload.run(&for_workload, until_workload).await });
+    let (reading_stop, reading_count) = (stop.clone(), reads.clone());
+    let reading = tokio::spawn(async move {
+        while !reading_stop.load(Ordering::Relaxed) {
+            if watched.check(&target).await?.is_some() {
+                reading_count.fetch_add(1, Ordering::Relaxed);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        anyhow::Ok(())
+    });
+
+    let mut rng = StdRng::seed_from_u64(seed);
+    let limit = sizes::time_limit().map(|limit| Instant::now() + limit);
+    let mut done = 0;
+    while done < kills && limit.is_none_or(|limit| Instant::now() < limit) {
+        let cell = CELLS[usize::try_from(done)? % CELLS.len()];
+        tokio::time::sleep(Duration::from_millis(rng.random_range(100..800))).await;
+        let away = Duration::from_millis(rng.random_range(50..900));
+        strike(&mut pair, cell, away).await.with_context(|| format!("{cell:?}"))?;
+        let back = Instant::now();
+        caught_up(&mut pair).await.with_context(|| format!("after kill {done} ({cell:?}), seed {seed}"))?;
+        println!("kill {done} {cell:?}: away {away:?}, applying again after {:?}", back.elapsed());
+        done += 1;
+    }
+
+    stop.store(true, Ordering::Relaxed);
+    let transfers = transfers.await??;
+    let (increments, counters) = counting.await??;
+    let counts = writing.await??;
+    reading.await?.context("the reader of the target")?;
+    let comparison = equal(&mut pair, &Options::default()).await?;
+    counters.check(&client(&mut pair, Side::South)?).await?;
+    let reads = reads.load(Ordering::Relaxed);
+    println!(
+        "seed {seed}: {done} kills, {} operations, {transfers} transfers, {increments} increments, {reads} snapshot reads\n{comparison}",
+        counts.operations()
+    );
+    ensure!(transfers > 0 && increments > 0 && reads > 0, "nothing went on during the kills");
+    ensure!(done >= CELLS.len() as u64 || limit.is_some(), "not every cell was struck");
+    sizes::report("kills", &serde_json::json!({"done": done, "reads": reads, "increments": increments, "failures": 0}));
+    Ok(())
+}

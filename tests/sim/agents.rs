@@ -1,0 +1,346 @@
+//! One agent process: capture, outbox, link, inbox and apply, put together as the product does.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use farshore::apply::engine::{self, Engine, FetchClient};
+use farshore::link::{
+    FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, Receiving, SourceProgress, StartGate,
+    StartRefusal, Transport as _, server,
+};
+use farshore::model::{
+    AgentId, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, SiteName, StreamHash, StreamId, hash, raw,
+};
+use farshore::outbox::{Log, LogId, Logs};
+use farshore::source::capture::{Capture, CaptureHandle, History};
+use farshore_api::replication::v1::{Fetch, Fetched};
+use futures::future::BoxFuture;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::applier::SimTarget;
+use crate::net::{PORT, SimTransport};
+use crate::source::{SimTail, encode};
+use crate::world::{Shared, lock};
+
+/// The hosts: two agents per site.
+pub(crate) const HOSTS: [&str; 4] = ["north", "north-b", "south", "south-b"];
+const EPOCH: Epoch = Epoch(1);
+/// How often an agent looks at its lease.
+const LEASE: Duration = Duration::from_millis(250);
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+pub(crate) fn site_of(host: &str) -> &'static str {
+    if host.starts_with("north") { "north" } else { "south" }
+}
+
+pub(crate) fn site(name: &str) -> SiteName {
+    SiteName::try_from(name).expect("a valid name")
+}
+
+pub(crate) fn stream() -> StreamId {
+    StreamId { source: site("north"), target: site("south") }
+}
+
+/// Runs one process; it is ended from outside.
+pub(crate) async fn run(world: Shared, host: &'static str) -> turmoil::Result {
+    let reason = process(&world, host).await;
+    lock(&world).exit(host, reason);
+    std::future::pending().await
+}
+
+fn hub_config(world: &Shared, host: &str, agent: AgentId) -> HubConfig {
+    let (own, peer) = (site_of(host), if site_of(host) == "north" { "south" } else { "north" });
+    let world = lock(world);
+    let dial = world.settings.both_dial || own == "north";
+    let addresses = vec![format!("{peer}:{PORT}"), format!("{peer}-b:{PORT}")];
+    HubConfig {
+        site: site(own),
+        group: "bank".into(),
+        agent,
+        epoch: EPOCH,
+        originates: own == "north",
+        receives: if own == "south" { vec![site("north")] } else { Vec::new() },
+        peers: vec![PeerConfig { site: site(peer), addresses, dial }],
+        credit: world.settings.credit,
+        seed: u64::from(agent.0[0]),
+    }
+}
+
+async fn process(world: &Shared, host: &'static str) -> String {
+    let (store, process) = lock(world).boot(host);
+    let settings = lock(world).settings;
+    let (tasks, cancel) = (TaskTracker::new(), CancellationToken::new());
+    let logs = Logs::start_with_ring(Arc::new(store), settings.quota, &tasks, settings.ring).expect("a good store");
+    let lease = watch::Sender::new(Leadership::default());
+    let carrying = watch::Sender::new(Leadership::default());
+    let progress = watch::Sender::new(SourceProgress::default());
+    let applied = watch::Sender::new(None);
+    let transport = Arc::new(SimTransport::new(site(site_of(host)), tasks.clone()));
+    let listener = transport.listen("", cancel.clone()).await.expect("the port is free");
+    let gate = Arc::new(SimGate { world: world.clone(), outbox: logs.log(&LogId::Outbox), capture: OnceLock::new() });
+    let inputs = HubInputs {
+        logs: logs.clone(),
+        leadership: carrying.subscribe(),
+        progress: progress.subscribe(),
+        applied: BTreeMap::from([(site("north"), applied.subscribe())]),
+        fetch: Arc::new(SimFetch(world.clone())),
+        gate: gate.clone(),
+        transport,
+        clock: Arc::new(|| 0),
+    };
+    let hub = Hub::start(hub_config(world, host, logs.agent_id()), inputs, &tasks, cancel.clone());
+    lock(world).agents.get_mut(host).expect("known").hub = Some(hub.clone());
+    let mut parts: JoinSet<String> = JoinSet::new();
+    parts.spawn(keep_lease(world.clone(), host, process, lease.clone()));
+    let mut deposed = hub.deposed();
+    parts.spawn(async move {
+        let term = deposed.wait_for(Option::is_some).await.map(|term| *term);
+        match term {
+            Ok(term) => format!("deposed by term {term:?}"),
+            Err(_) => std::future::pending().await,
+        }
+    });
+    let serving = hub.clone();
+    let until = cancel.clone();
+    parts.spawn(async move {
+        let ended = server::serve(&serving, Default::default(), listener, until).await;
+        format!("the server ended: {ended:?}")
+    });
+    let target = Arc::new(SimTarget::new(world.clone(), host));
+    if site_of(host) == "north" {
+        originate(world, host, &hub, &logs, &gate, lease.subscribe(), progress, &tasks, &mut parts);
+        let mut lease = lease.subscribe();
+        parts.spawn(async move {
+            loop {
+                carrying.send_replace(*lease.borrow_and_update());
+                if lease.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        });
+    } else {
+        let inbox = logs.log(&LogId::Inbox(site("north")));
+        parts.spawn(lead(target.clone(), inbox.clone(), lease.subscribe(), carrying.clone()));
+        parts.spawn(apply(world.clone(), host, target, inbox, hub, carrying.subscribe(), applied, cancel));
+    }
+    match parts.join_next().await {
+        Some(Ok(reason)) => reason,
+        other => format!("a part ended: {other:?}"),
+    }
+}
+
+async fn keep_lease(world: Shared, host: &'static str, process: u64, lease: watch::Sender<Leadership>) -> String {
+    loop {
+        let held = *lease.borrow();
+        let granted = lock(&world).renew(host, process, held);
+        match granted {
+            // Out of touch with its database, it goes on as it was.
+            None => {}
+            Some(None) if held.leader => return "another agent holds the lease".into(),
+            Some(None) => {}
+            Some(Some(term)) if held.leader && held.term != term => return "the lease changed hands and back".into(),
+            Some(Some(term)) if !held.leader => drop(lease.send_replace(Leadership { leader: true, term })),
+            Some(Some(_)) => {}
+        }
+        tokio::time::sleep(LEASE).await;
+    }
+}
+
+/// The inbox is put in order before streams flow.
+async fn lead(
+    target: Arc<SimTarget>,
+    inbox: Log,
+    mut lease: watch::Receiver<Leadership>,
+    carrying: watch::Sender<Leadership>,
+) -> String {
+    loop {
+        let now = *lease.borrow_and_update();
+        if now.leader {
+            while engine::reconcile(&*target, &inbox, EPOCH).await.is_err() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+        carrying.send_replace(now);
+        if lease.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "what the product's agent joins, in one place")]
+async fn apply(
+    world: Shared,
+    host: &'static str,
+    target: Arc<SimTarget>,
+    inbox: Log,
+    hub: Hub,
+    mut carrying: watch::Receiver<Leadership>,
+    applied: watch::Sender<Option<Position>>,
+    cancel: CancellationToken,
+) -> String {
+    let Ok(leading) = carrying.wait_for(|now| now.leader).await.map(|now| *now) else { return "closed".into() };
+    let options = lock(&world).settings.options;
+    let fetch = Arc::new(LinkFetch(hub));
+    let (engine, mut status) = Engine::new(target, fetch, site("north"), inbox, leading.term, options);
+    let forward = async {
+        loop {
+            let now = status.borrow_and_update().clone();
+            applied.send_if_modified(|applied| {
+                let moved = *applied != now.applied;
+                *applied = now.applied;
+                moved
+            });
+            lock(&world).seen(host, now);
+            if status.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        ended = engine.run(cancel) => format!("apply ended: {ended:?}"),
+        () = forward => unreachable!("forwarding never ends"),
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "what the product's agent joins, in one place")]
+fn originate(
+    world: &Shared,
+    host: &'static str,
+    hub: &Hub,
+    logs: &Logs,
+    gate: &SimGate,
+    lease: watch::Receiver<Leadership>,
+    progress: watch::Sender<SourceProgress>,
+    tasks: &TaskTracker,
+    parts: &mut JoinSet<String>,
+) {
+    let (outbox, nudge) = (logs.log(&LogId::Outbox), Arc::new(Notify::new()));
+    let single_change_units = lock(world).settings.single_change_units;
+    let history = History { incarnation: incarnation(), epoch: EPOCH, single_change_units };
+    let (capture, handle) = Capture::new(SimTail(world.clone()), outbox.clone(), history, nudge.clone());
+    let begun = lock(world).beginning;
+    if outbox.state().is_none() {
+        let handle = handle.clone();
+        tasks.spawn(async move { drop(handle.begin(begun, StreamHash::default()).await) });
+    }
+    assert!(gate.capture.set(handle).is_ok(), "set once");
+    parts.spawn(async move { format!("capture ended: {:?}", capture.run(CancellationToken::new()).await) });
+    let of = world.clone();
+    parts.spawn(async move {
+        loop {
+            if lease.borrow().leader {
+                let mut world = lock(&of);
+                if world.source_up().is_ok() {
+                    let now = world.now;
+                    world.source.mark(now);
+                }
+            }
+            tokio::select! {
+                biased;
+                () = nudge.notified() => tokio::time::sleep(Duration::from_millis(20)).await,
+                () = tokio::time::sleep(HEARTBEAT) => {}
+            }
+        }
+    });
+    let (of, hub) = (world.clone(), hub.clone());
+    parts.spawn(async move {
+        loop {
+            let captured = outbox.state().map(|state| state.end);
+            let now = SourceProgress { head: lock(&of).source.clock, captured, ..SourceProgress::default() };
+            progress.send_if_modified(|old| std::mem::replace(old, now) != now);
+            let applied = hub.stream_view(&stream()).and_then(|view| view.applied);
+            if let (Some(applied), Some(state)) = (applied, outbox.state()) {
+                outbox.release(state.incarnation, applied);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    });
+    lock(world).log(format!("{host} originates"));
+}
+
+fn incarnation() -> Incarnation {
+    Incarnation([0x11; 16])
+}
+
+struct SimGate {
+    world: Shared,
+    outbox: Log,
+    capture: OnceLock<CaptureHandle>,
+}
+
+fn refusal(message: &str) -> StartRefusal {
+    StartRefusal { message: message.to_owned(), hint: String::new() }
+}
+
+impl StartGate for SimGate {
+    fn receiving<'a>(&'a self, source: &'a SiteName) -> BoxFuture<'a, Result<Receiving, StartRefusal>> {
+        Box::pin(async move {
+            let wait = lock(&self.world).latency();
+            tokio::time::sleep(wait).await;
+            let world = lock(&self.world);
+            if world.target_is_up() && !world.target.collections.is_empty() {
+                return Err(refusal("the target is not empty"));
+            }
+            Ok(Receiving { source: source.clone(), received: None, start_at: None, empty: true })
+        })
+    }
+
+    fn serve_from<'a>(&'a self, _: &'a SiteName, receiving: &'a Receiving) -> BoxFuture<'a, Result<(), StartRefusal>> {
+        Box::pin(async move {
+            let capture = self.capture.get().ok_or_else(|| refusal("the source was not reached yet"))?;
+            let state = self.outbox.state().filter(|state| state.incarnation == incarnation());
+            let (at, hash) = match receiving.received {
+                Some(standing) => (standing.position, standing.hash),
+                None => (lock(&self.world).beginning, StreamHash::default()),
+            };
+            if state.is_some_and(|state| state.first <= at) {
+                return Ok(());
+            }
+            lock(&self.world).log(format!("the outbox begins again at {at}"));
+            capture.begin(at, hash).await.map_err(|error| refusal(&error.to_string()))
+        })
+    }
+}
+
+/// Reads documents at the source, all at one time past everything captured.
+struct SimFetch(Shared);
+
+impl FetchSource for SimFetch {
+    fn fetch(&self, request: Fetch) -> BoxFuture<'_, Fetched> {
+        Box::pin(async move {
+            let wait = lock(&self.0).latency();
+            tokio::time::sleep(wait).await;
+            let mut world = lock(&self.0);
+            if let Err(error) = world.source_up() {
+                return Fetched { error: error.to_string(), ..Fetched::default() };
+            }
+            let at: ClusterTime = world.source.clock;
+            let uuid = CollectionUuid::from_slice(&request.collection_uuid).expect("16 bytes");
+            let Some(collection) = world.source.collections.get(&uuid) else {
+                return Fetched { at: at.0, collection_gone: true, ..Fetched::default() };
+            };
+            let document = |key: &Bytes| {
+                let key = bson::RawDocument::from_bytes(key).expect("a key");
+                let identity = hash::key_identity(&raw::get(key, "_id").expect("an _id"));
+                collection.documents.get(&identity).map(encode).unwrap_or_default()
+            };
+            let documents = request.keys.iter().map(document).collect();
+            world.counts.fetches += 1;
+            Fetched { at: at.0, documents, ..Fetched::default() }
+        })
+    }
+}
+
+struct LinkFetch(Hub);
+
+impl FetchClient for LinkFetch {
+    async fn fetch(&self, source: &SiteName, request: Fetch) -> Result<Fetched, String> {
+        self.0.fetch(source, request).await.map_err(|error| error.to_string())
+    }
+}
