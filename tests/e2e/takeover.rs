@@ -1,0 +1,100 @@
+//! Agents in pairs: a stopped one is replaced, and what it does when it wakes up changes nothing. And a link that loses,
+//! repeats, reorders and corrupts frames.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use bson::doc;
+use farshore_testkit::compare::Options;
+use farshore_testkit::pair::{Between, PairOptions, Side};
+use farshore_testkit::proxy::faults::Faults;
+use farshore_testkit::wait;
+use farshore_testkit::workload::{Profile, Until, Workload};
+
+use crate::support::{client, equal, pair, status, stream};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+async fn stale_agent(side: Side) -> Result<()> {
+    let settings = vec![("lease", "ttl", "\"2s\"".to_owned())];
+    let mut pair = pair(PairOptions { agents: 2, settings, ..PairOptions::default() }).await?;
+    let source = client(&mut pair, Side::North)?;
+    let workload = Workload::new(11, Profile::without_ddl(), "app");
+    workload.run(&source, Until::Operations(300)).await?;
+    let mut leader = None;
+    for index in 0..2 {
+        let agent = &pair.site(side).agents[index];
+        let address = agent.link_address();
+        let said = { let pair = &pair; let site = if side == Side::North { &pair.north } else { &pair.south };
+            status(&pair.pki, &site.agents[index]).await? };
+        ensure!(said.site == side.name(), "{address} is {}", said.site);
+        if said.leader {
+            leader = Some((index, said.term));
+        }
+    }
+    let (old, term) = leader.expect("one agent leads");
+    // Stopped in the middle of its work, just before a collection is dropped and made again.
+    let during = workload.run(&source, Until::Operations(100));
+    let stopping = pair.site(side).agents[old].stop();
+    during.await?;
+    stopping?;
+    source.database("app_drop").collection("gone").insert_one(doc! {"_id": 1}).await?;
+    source.database("app_drop").collection::<bson::Document>("gone").drop().await?;
+    source.database("app_drop").collection("gone").insert_one(doc! {"_id": 2}).await?;
+    let shared = &pair;
+    wait::until("the other agent to take over", DEADLINE, || async {
+        let site = if side == Side::North { &shared.north } else { &shared.south };
+        let said = status(&shared.pki, &site.agents[1 - old]).await?;
+        if said.leader && said.term > term { Ok(()) } else { bail!("leader {}, term {}", said.leader, said.term) }
+    })
+    .await?;
+    workload.run(&source, Until::Operations(300)).await?;
+    pair.site(side).agents[old].cont()?;
+    workload.run(&source, Until::Operations(300)).await?;
+    let ended = pair.site(side).agents[old].wait_end(DEADLINE).await?;
+    ensure!(!ended.success(), "an agent that lost its lease ends with a failure");
+    let comparison = equal_on(&mut pair, side, old).await?;
+    println!("stale {}: term {term}, {comparison}", side.name());
+    Ok(())
+}
+
+/// The stopped agent has ended: it must not be asked.
+async fn equal_on(pair: &mut farshore_testkit::pair::Pair, side: Side, gone: usize) -> Result<farshore_testkit::compare::Comparison> {
+    pair.site(side).agents.remove(gone);
+    equal(pair, &Options::default()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_source_agent_changes_nothing() -> Result<()> {
+    stale_agent(Side::North).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_target_agent_changes_nothing() -> Result<()> {
+    stale_agent(Side::South).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_corrupts_and_loses_frames_loses_nothing() -> Result<()> {
+    let options = PairOptions { between: Between::Grpc(5), dialler: Some(Side::North), ..PairOptions::default() };
+    let mut pair = pair(options).await?;
+    let source = client(&mut pair, Side::North)?;
+    let faults = Faults { drop: 0.01, repeat: 0.02, reorder: 0.02, corrupt: 0.02, ..Faults::default() };
+    pair.link.set_faults(Side::South, faults.clone());
+    pair.link.set_faults(Side::North, Faults { corrupt: 0.0, ..faults });
+    let workload = Workload::new(12, Profile::without_ddl(), "app");
+    workload.run(&source, Until::Operations(1_500)).await?;
+    let shared = &pair;
+    wait::until("a corrupted record to be noticed", DEADLINE, || async {
+        let stream = stream(shared).await?;
+        let corrupted: u64 = shared.link.counts(Side::South).iter().map(|counts| counts.corrupted).sum();
+        workload.run(&source, Until::Operations(20)).await?;
+        if corrupted > 0 && stream.corrupt_records > 0 { Ok(()) } else { bail!("{corrupted} corrupted, {} noticed", stream.corrupt_records) }
+    })
+    .await?;
+    pair.link.set_faults(Side::South, Faults::default());
+    pair.link.set_faults(Side::North, Faults::default());
+    let comparison = equal(&mut pair, &Options::default()).await?;
+    println!("{:?}\n{comparison}", pair.link.counts(Side::South));
+    Ok(())
+}
