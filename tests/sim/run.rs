@@ -42,6 +42,7 @@ impl Outcome {
         a.failovers += b.failovers;
         a.takeovers += b.takeovers;
         a.fetches += b.fetches;
+        a.corruptions += b.corruptions;
         let (a, b) = (&mut self.done, &other.done);
         a.commits += b.commits;
         a.changes += b.changes;
@@ -58,7 +59,7 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "{} simulated s, {} events, {} changes in {} commits ({} rolled back), {} source transactions, {} fetches; \
-             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers",
+             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers, {} damaged records",
             self.simulated.as_secs(),
             self.events,
             d.changes,
@@ -70,7 +71,8 @@ impl fmt::Display for Outcome {
             c.exits,
             c.partitions,
             c.failovers,
-            c.takeovers
+            c.takeovers,
+            c.corruptions
         )
     }
 }
@@ -271,7 +273,7 @@ impl Driver<'_> {
         if !self.dice.random_bool(0.005) {
             return;
         }
-        match self.dice.random_range(0..12) {
+        match self.dice.random_range(0..13) {
             0 | 1 => {
                 let host = *HOSTS.choose(&mut self.dice).expect("some");
                 let silent = self.dice.random_bool(0.5);
@@ -316,12 +318,26 @@ impl Driver<'_> {
                 self.sim.set_max_message_latency(slow);
                 self.later(500, 5000, Later::Latency);
             }
+            11 => self.corrupt(),
             _ => {
                 let (a, b) = self.link();
                 self.log(format!("loss between {a} and {b}"));
                 self.sim.set_link_fail_rate(a, b, 0.02);
                 self.later(500, 5000, Later::Loss(a, b));
             }
+        }
+    }
+
+    /// A bit flips in the newest record on a disk.
+    fn corrupt(&mut self) {
+        let host = *HOSTS.choose(&mut self.dice).expect("some");
+        let log = if host.starts_with("north") { LogId::Outbox } else { LogId::Inbox(site("north")) };
+        let world = &mut *lock(&self.world);
+        let store = &world.agents[host].store;
+        let end = store.state(&log).ok().flatten().map(|state| state.end);
+        if let Some(end) = end.filter(|end| store.corrupt(&log, *end)) {
+            world.counts.corruptions += 1;
+            world.log(format!("a record of {host} is damaged, the one that ends at {end}"));
         }
     }
 

@@ -50,6 +50,7 @@ pub(crate) struct Counts {
     pub(crate) failovers: u64,
     pub(crate) takeovers: u64,
     pub(crate) fetches: u64,
+    pub(crate) corruptions: u64,
 }
 
 /// One host.
