@@ -41,11 +41,9 @@ pub(crate) fn record(bytes: &[u8]) {
         assert!(batch.header().end > batch.header().previous);
         let Ok(changes) = batch.changes() else { continue };
         let mut last = batch.header().previous;
-        for change in changes.iter() {
-            if let Ok(change) = change {
-                assert!(change.position > last);
-                last = change.position;
-            }
+        for change in changes.iter().flatten() {
+            assert!(change.position > last);
+            last = change.position;
         }
     }
 }
