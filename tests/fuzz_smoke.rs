@@ -9,14 +9,12 @@ mod entries;
 use std::panic::catch_unwind;
 use std::time::{Duration, Instant};
 
-use bson::{Document, RawDocumentBuf, doc, rawdoc};
+use bson::{Document, RawDocumentBuf, doc};
 use farshore::apply::catalog::{Entry, Presence};
 use farshore::apply::lanes::{Floor, LaneState};
 use farshore::apply::store;
 use farshore::apply::target::StreamRecord;
-use farshore::model::{
-    Batch, BatchBuilder, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, StreamHash,
-};
+use farshore::model::{Batch, BatchBuilder, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, StreamHash};
 use farshore_api::replication::v1 as pb;
 use prost::Message as _;
 use rand::rngs::StdRng;
@@ -35,8 +33,8 @@ fn uuid() -> bson::Bson {
     store::uuid(CollectionUuid([3; 16]))
 }
 
-fn token(index: &str) -> RawDocumentBuf {
-    rawdoc! {"_data": format!("826B00B86B000000022B022C0100{index}296E5A1004AA0974BD0E33488483159709266")}
+fn token(index: &str) -> Document {
+    doc! {"_data": format!("826B00B86B000000022B022C0100{index}6E5A1004AA0974BD0E33488483159709266")}
 }
 
 fn events() -> Vec<Document> {
@@ -45,8 +43,8 @@ fn events() -> Vec<Document> {
     "truncatedArrays": [{"field": "list", "newSize": 3}]};
     let key = doc! {"_id": {"a": 1, "b": [1.5, null]}};
     vec![
-        doc! {"_id": token(""), "operationType": "insert", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": 1}, "fullDocument": {"_id": 1, "x": "y"}},
-        doc! {"_id": token(""), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "updateDescription": update, "txnNumber": 1_i64},
+        doc! {"_id": token("29"), "operationType": "insert", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": 1}, "fullDocument": {"_id": 1, "x": "y"}},
+        doc! {"_id": token("29"), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "updateDescription": update, "txnNumber": 1_i64},
         doc! {"_id": token("2B02"), "operationType": "delete", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": "k"}},
         doc! {"_id": token("2B04"), "operationType": "rename", "collectionUUID": uuid(), "ns": ns.clone(), "to": ns, "operationDescription": {"dropTarget": uuid()}},
     ]
@@ -85,10 +83,15 @@ fn frames() -> Vec<Vec<u8>> {
             start_at: Some(4),
             empty: true,
         }],
-        originating: vec![pb::Originating { source: "south".into(), incarnation: vec![8; 16].into(), captured: position }],
+        originating: vec![pb::Originating {
+            source: "south".into(),
+            incarnation: vec![8; 16].into(),
+            captured: position,
+        }],
         leader: true,
     };
-    let shipped = pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch(false).record().clone(), begins: true };
+    let shipped =
+        pb::Batch { source: "north".into(), epoch: 1, term: 2, record: batch(false).record().clone(), begins: true };
     let ack = pb::Ack { source: "north".into(), received: position, applied: position, verified: None, credit: 9 };
     let reject = pb::Reject { reason: 3, message: "over".into(), hint: "stop".into(), epoch: 1, term: 4 };
     [Body::Hello(hello), Body::Batch(shipped), Body::Ack(ack), Body::Reject(reject)]
@@ -134,15 +137,21 @@ fn samples(entry: &str) -> Vec<Vec<u8>> {
         }
         "change" => events().into_iter().map(bytes_of).collect(),
         "resume_token" => {
-            vec![token("2B04").into_bytes(), b"826B00B86F000000052B022C01002C75566E5A1004".to_vec(), b"826B00B871000000032B0229296E04".to_vec()]
+            vec![
+                bytes_of(token("2B04")),
+                b"826B00B86F000000052B022C01002C75566E5A1004".to_vec(),
+                b"826B00B871000000032B0229296E04".to_vec(),
+            ]
         }
         "reply" => vec![reply(events()), reply(Vec::new())],
         "delta" => {
-            let document = doc! {"_id": 1, "n": 0, "a": {"b": 1}, "list": [1, 2, 3, 4], "gone": 1, "c": {"d": 2}, "a.b": 3};
+            let document =
+                doc! {"_id": 1, "n": 0, "a": {"b": 1}, "list": [1, 2, 3, 4], "gone": 1, "c": {"d": 2}, "a.b": 3};
             let description = |event: &Document| event.get_document("updateDescription").cloned();
             let plain = doc! {"updatedFields": {"z": 1, "b": 2, "7": 3}, "removedFields": ["n"], "truncatedArrays": [{"field": "list", "newSize": 1}]};
             let spelt = doc! {"updatedFields": {"a.b": 9}, "removedFields": [], "truncatedArrays": [], "disambiguatedPaths": {"a.b": ["a", "b"]}};
-            let descriptions = events().iter().filter_map(|e| description(e).ok()).chain([plain, spelt]).collect::<Vec<_>>();
+            let descriptions =
+                events().iter().filter_map(|e| description(e).ok()).chain([plain, spelt]).collect::<Vec<_>>();
             descriptions.into_iter().map(|d| [bytes_of(d), bytes_of(document.clone())].concat()).collect()
         }
         "config" => vec![CONFIG.into()],

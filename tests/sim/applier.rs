@@ -209,11 +209,6 @@ impl Target for SimTarget {
                 }
             }
             let lanes = positions(&world.target.lanes).ok_or(TargetError::Moved("a lane is missing".into()))?;
-            if let Some((position, _)) = floor
-                && world.target.lanes.values().any(|lane| lane.state.resume_from() < position && !lane.state.parked.is_empty())
-            {
-                world.broken(format!("floor {position} is past a parked collection"));
-            }
             Ok((lanes, election(&world.target)))
         })
         .await
@@ -226,9 +221,9 @@ impl Target for SimTarget {
                 lock(&self.world).broken(reason.clone());
                 vec![(*collection, entry(db, coll, Presence::Refused(reason), true, position))]
             }
-            DdlStep::Event(bytes) => {
-                let raw = RawDocument::from_bytes(bytes).expect("ddl events are valid");
-                let change = Change::parse(position, raw).expect("ddl events are valid");
+            DdlStep::Event { position, event } => {
+                let raw = RawDocument::from_bytes(event).expect("ddl events are valid");
+                let change = Change::parse(*position, raw).expect("ddl events are valid");
                 self.event(&change, entries).await?
             }
         };
@@ -252,9 +247,9 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
     let mut suspects = Vec::new();
     match divergence {
         Divergence::Unique { collection, fields } => {
-            let Some((Ok(field), there)) = fields.iter().next().map(|f| f.map(|f| (f, here(collection)))).transpose().ok().flatten().map(|(f, t)| (Ok::<_, ()>(f), t)) else { return suspects };
+            let field = fields.iter().next().expect("a unique index has fields").expect("valid");
             let (name, value) = (field.0.as_str().to_owned(), bson::Bson::try_from(field.1).ok());
-            for (identity, bytes) in there.iter().flat_map(|c| &c.documents) {
+            for (identity, bytes) in here(collection).iter().flat_map(|c| &c.documents) {
                 if field_of(bytes, &name) == value {
                     let id = field_of(bytes, "_id").expect("every document has an _id");
                     let key = bson::RawDocumentBuf::try_from(&bson::doc! {"_id": id}).expect("encodes");
@@ -289,7 +284,11 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
             Op::Delete if !exists => Some("delete"),
             _ => None,
         };
-        if change.op == Op::Delete { there.remove(&id) } else { there.insert(id) };
+        if change.op == Op::Delete {
+            there.remove(&id)
+        } else {
+            there.insert(id)
+        };
         let kind = if change.trimmed { Some("large") } else { kind };
         if let (Some(kind), Some(key)) = (kind, change.document_key) {
             let suspect = Suspect { collection: id.0, identity: id.1, key: key.to_owned(), kind };
@@ -468,7 +467,8 @@ impl SimTarget {
             .await?;
         self.guard().await?;
         for here in left {
-            let newer = |known: &Entry| known.presence == Presence::Present(here) && known.ddl_through > change.position;
+            let newer =
+                |known: &Entry| known.presence == Presence::Present(here) && known.ddl_through > change.position;
             if !entries.values().any(newer) {
                 self.drop_collection(here).await?;
             }
@@ -497,7 +497,11 @@ pub(crate) fn compare(world: &World) -> Vec<String> {
             }
         }
         if there.documents.len() != collection.documents.len() {
-            differences.push(format!("{name}: {} documents, not {}", there.documents.len(), collection.documents.len()));
+            differences.push(format!(
+                "{name}: {} documents, not {}",
+                there.documents.len(),
+                collection.documents.len()
+            ));
         }
     }
     for collection in db.collections.values() {

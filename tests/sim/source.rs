@@ -66,7 +66,6 @@ pub(crate) struct SourceDb {
     pub(crate) down_until: Duration,
 }
 
-
 pub(crate) fn identity(id: &Bson) -> u128 {
     let key = RawDocumentBuf::try_from(&doc! {"_id": id.clone()}).expect("encodes");
     hash::key_identity(&raw::get(&key, "_id").expect("present"))
@@ -135,8 +134,13 @@ impl SourceDb {
     fn emit(&mut self, position: Position, uuid: Option<CollectionUuid>, large: bool, body: Document, txn: bool) {
         let token = event_token(position.time, position.ordinal - 1, uuid);
         let mut event = RawDocumentBuf::new();
-        event.append(bson::cstr!("_id"), token.clone());
         let mut body = body;
+        // The server puts the new name of a rename before the token.
+        if let Some(to) = body.remove("to") {
+            let to = RawDocumentBuf::try_from(to.as_document().expect("a namespace")).expect("encodes");
+            event.append(bson::cstr!("to"), to);
+        }
+        event.append(bson::cstr!("_id"), token.clone());
         body.insert("clusterTime", farshore::mongo::timestamp(position.time));
         body.insert("wallTime", bson::DateTime::from_millis(i64::from(position.time.seconds()) * 1000));
         if txn {
@@ -152,7 +156,12 @@ impl SourceDb {
     }
 
     /// Commits writes (and creates of collections) at one cluster time; more than one is a transaction.
-    pub(crate) fn commit(&mut self, now: Duration, creates: Vec<(String, String)>, writes: Vec<(CollectionUuid, Write)>) {
+    pub(crate) fn commit(
+        &mut self,
+        now: Duration,
+        creates: Vec<(String, String)>,
+        writes: Vec<(CollectionUuid, Write)>,
+    ) {
         let time = self.next_time(now);
         let many = creates.len() + writes.len() > 1;
         self.txn_number += i64::from(many);
@@ -176,8 +185,12 @@ impl SourceDb {
         let large = collection.coll == "big" && position.time.0 % 9 == 0 && !matches!(write, Write::Delete(_));
         let ns = doc! {"db": &collection.db, "coll": &collection.coll};
         let (op, key, after, details) = match write {
-            Write::Insert(document) => ("insert", document.get("_id").cloned(), Some(document.clone()), doc! {"fullDocument": document}),
-            Write::Replace(document) => ("replace", document.get("_id").cloned(), Some(document.clone()), doc! {"fullDocument": document}),
+            Write::Insert(document) => {
+                ("insert", document.get("_id").cloned(), Some(document.clone()), doc! {"fullDocument": document})
+            }
+            Write::Replace(document) => {
+                ("replace", document.get("_id").cloned(), Some(document.clone()), doc! {"fullDocument": document})
+            }
             Write::Delete(id) => ("delete", Some(id), None, doc! {}),
             Write::Update(document, description) => {
                 ("update", document.get("_id").cloned(), Some(document), doc! {"updateDescription": description})
@@ -191,7 +204,8 @@ impl SourceDb {
             None => collection.documents.remove(&identity),
         };
         self.versions.entry((uuid, identity)).or_default().push((position, bytes));
-        let mut event = doc! {"operationType": op, "collectionUUID": binary(uuid), "ns": ns, "documentKey": {"_id": key}};
+        let mut event =
+            doc! {"operationType": op, "collectionUUID": binary(uuid), "ns": ns, "documentKey": {"_id": key}};
         event.extend(details);
         self.emit(position, Some(uuid), large, event, txn);
     }
@@ -317,7 +331,8 @@ impl SourceDb {
                 high_water(self.clock)
             }
         };
-        let cursor = rawdoc! {"nextBatch": batch, "postBatchResumeToken": token, "id": 5_i64, "ns": "admin.$cmd.aggregate"};
+        let cursor =
+            rawdoc! {"nextBatch": batch, "postBatchResumeToken": token, "id": 5_i64, "ns": "admin.$cmd.aggregate"};
         Ok(Some(Reply(rawdoc! {"cursor": cursor, "ok": 1.0})))
     }
 

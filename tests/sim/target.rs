@@ -157,7 +157,10 @@ impl TargetDb {
         for ((uuid, key), after) in &expected.documents {
             let have = self.collections.get(uuid).and_then(|c| c.documents.get(key));
             if have != after.as_ref() {
-                return Err(Err(format!("document {key:x} of {uuid} is not what the source had: {}", differ(have, after.as_ref()))));
+                return Err(Err(format!(
+                    "document {key:x} of {uuid} is not what the source had: {}",
+                    differ(have, after.as_ref())
+                )));
             }
         }
         for position in expected.positions {
@@ -183,7 +186,10 @@ impl TargetDb {
             let lane = self.lanes.get_mut(&step.lane.index()).expect("checked before");
             undo.push(Undo::Lane(step.lane.index(), lane.clone()));
             if step.to.position < step.from.position {
-                return Err(Err(format!("lane {} goes back from {} to {}", step.lane, step.from.position, step.to.position)));
+                return Err(Err(format!(
+                    "lane {} goes back from {} to {}",
+                    step.lane, step.from.position, step.to.position
+                )));
             }
             lane.state.position = step.to.position;
             if step.from.parked != step.to.parked {
@@ -195,7 +201,9 @@ impl TargetDb {
         }
         for step in steps {
             match step {
-                Step::Run { db, collection, body, expected } => self.run_command(db, *collection, body, *expected, undo)?,
+                Step::Run { db, collection, body, expected } => {
+                    self.run_command(db, *collection, body, *expected, undo)?
+                }
                 Step::Patch { entry, collection, changes } => {
                     let Presence::Present(here) = entry.presence else { continue };
                     self.patch(here, *collection, changes, undo)?;
@@ -374,7 +382,9 @@ fn judge(target: &TargetDb, source: &SourceDb, transaction: &Transaction<'_>) ->
                 differ(have.as_ref(), want)
             ));
         }
-        *have = source.before(item.collection, item.key, Position::new(item.position.time, item.position.ordinal + 1)).cloned();
+        *have = source
+            .before(item.collection, item.key, Position::new(item.position.time, item.position.ordinal + 1))
+            .cloned();
     }
     for (time, positions) in &inside {
         let Some(all) = source.transactions.get(time) else { continue };
@@ -387,7 +397,8 @@ fn judge(target: &TargetDb, source: &SourceDb, transaction: &Transaction<'_>) ->
             }
         }
     }
-    expected.documents = now.into_iter().filter_map(|((uuid, key), after)| Some(((here(&uuid)?, key), after))).collect();
+    expected.documents =
+        now.into_iter().filter_map(|((uuid, key), after)| Some(((here(&uuid)?, key), after))).collect();
     Ok(expected)
 }
 

@@ -22,7 +22,8 @@ fn id(rng: &mut StdRng) -> Bson {
 
 fn document(rng: &mut StdRng, id: &Bson) -> Document {
     let tags: Vec<i32> = (0..rng.random_range(1..5)).collect();
-    let mut document = doc! {"_id": id.clone(), "u": rng.random_range(0..60_i64), "tags": tags, "sub": {"a": 1, "b": "x"}};
+    let mut document =
+        doc! {"_id": id.clone(), "u": rng.random_range(0..60_i64), "tags": tags, "sub": {"a": 1, "b": "x"}};
     for _ in 0..rng.random_range(0..3) {
         document.insert(*FIELDS.choose(rng).expect("some"), rng.random_range(0..1000));
     }
@@ -83,7 +84,12 @@ fn update(rng: &mut StdRng, before: &Document) -> (Document, Document) {
 }
 
 /// A write of one collection that its unique index allows, given writes of the same transaction that come before.
-fn write(rng: &mut StdRng, source: &SourceDb, uuid: CollectionUuid, touched: &mut Vec<(CollectionUuid, u128)>) -> Option<Write> {
+fn write(
+    rng: &mut StdRng,
+    source: &SourceDb,
+    uuid: CollectionUuid,
+    touched: &mut Vec<(CollectionUuid, u128)>,
+) -> Option<Write> {
     let collection = &source.collections[&uuid];
     let id = id(rng);
     let key = identity(&id);
