@@ -78,6 +78,8 @@ pub(crate) struct World {
     pub(crate) source: SourceDb,
     pub(crate) target: TargetDb,
     pub(crate) beginning: Position,
+    /// How far any inbox ever was on disk.
+    pub(crate) durable: Position,
     pub(crate) agents: BTreeMap<&'static str, Agent>,
     leases: BTreeMap<&'static str, Lease>,
     pub(crate) counts: Counts,
@@ -131,6 +133,7 @@ impl World {
             source,
             target: TargetDb::default(),
             beginning,
+            durable: beginning,
             counts: Counts::default(),
             trace: Vec::new(),
             violation: None,
