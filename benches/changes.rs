@@ -176,7 +176,7 @@ fn lanes(criterion: &mut Criterion) {
         let limits = Limits { changes: 1_000, bytes: 4 << 20, lanes: LaneId::COUNT.div_ceil(workers) };
         group.bench_function(BenchmarkId::new("push, take, done", workers), |b| {
             b.iter_batched(
-                || (Lanes::new(vec![LaneState::default(); LaneId::COUNT]), items.clone()),
+                || (Lanes::new(vec![LaneState::default(); LaneId::COUNT], Position::ZERO), items.clone()),
                 |(mut lanes, items)| {
                     for item in items {
                         lanes.push(item);
