@@ -350,7 +350,8 @@ async fn create_now(
     options: &Document,
 ) -> Result<CollectionUuid, TargetError> {
     let doing = "create a collection";
-    let mut session = target.client.start_session().await.map_err(Failure::of(doing))?;
+    let session = target.ddl_session().await?;
+    let mut session = session.lock().await;
     let majority = WriteConcern::builder().w(Acknowledgment::Majority).journal(true).build();
     session.start_transaction().write_concern(majority).await.map_err(Failure::of(doing))?;
     let term = target.term().await.0 as i64;
@@ -364,7 +365,7 @@ async fn create_now(
     body.extend(options.clone());
     let steps = [(DB, fence), (DB, record), (change.ns.db, body)];
     for (index, (db, body)) in steps.into_iter().enumerate() {
-        let reply = target.client.database(db).run_command(body).session(&mut session).await;
+        let reply = target.client.database(db).run_command(body).session(&mut *session).await;
         let matched = match reply.map_err(Failure::of(doing)) {
             Ok(reply) => reply.get_i32("n").unwrap_or(0),
             Err(failure) => {

@@ -5,6 +5,7 @@
 //! with a failed primary.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use bson::raw::{RawDocument, RawDocumentBuf};
 use bson::{Document, doc};
@@ -57,7 +58,8 @@ impl From<store::StoreError> for TargetError {
 #[derive(Debug, Default)]
 struct Held {
     term: Term,
-    sessions: Vec<Mutex<ClientSession>>,
+    /// One for each worker, and the last for DDL: all on record, so that a successor can free what they leave open.
+    sessions: Vec<Arc<Mutex<ClientSession>>>,
 }
 
 /// See the module text.
@@ -81,6 +83,12 @@ impl MongoTarget {
     /// The id of the document every DDL step updates first: the fence against stale agents.
     fn stream_id(&self) -> String {
         self.stream.to_string()
+    }
+
+    /// The session of DDL transactions.
+    pub(super) async fn ddl_session(&self) -> Result<Arc<Mutex<ClientSession>>, TargetError> {
+        let last = self.held.read().await.sessions.last().cloned();
+        last.ok_or_else(|| TargetError::Moved("the stream is not claimed".into()))
     }
 
     pub(super) async fn term(&self) -> Term {
@@ -473,8 +481,8 @@ impl Target for MongoTarget {
             return Err(TargetError::Deposed(stored_term));
         }
         self.kill_earlier_sessions(&stream).await?;
-        let mut sessions = Vec::with_capacity(workers);
-        for _ in 0..workers {
+        let mut sessions = Vec::with_capacity(workers + 1);
+        for _ in 0..=workers {
             let session = self.client.start_session().await.map_err(Failure::of("start a session"))?;
             sessions.push(session);
         }
@@ -505,7 +513,8 @@ impl Target for MongoTarget {
         let lanes = LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).ok_or_else(missing));
         let lanes = self.lift(lanes.collect::<Result<Vec<_>, _>>()?, record.floor, term).await?;
         let entries = self.read_entries().await?;
-        *self.held.write().await = Held { term, sessions: sessions.into_iter().map(Mutex::new).collect() };
+        *self.held.write().await =
+            Held { term, sessions: sessions.into_iter().map(|session| Arc::new(Mutex::new(session))).collect() };
         Ok(Claim { record, lanes, entries })
     }
 
