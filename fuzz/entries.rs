@@ -19,10 +19,10 @@ use farshore_api::replication::v1 as pb;
 use prost::Message as _;
 
 /// A decoder, by name.
-pub type Entry = (&'static str, fn(&[u8]));
+pub(crate) type Entry = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const ENTRIES: &[Entry] = &[
+pub(crate) const ENTRIES: &[Entry] = &[
     ("record", record),
     ("stored_value", stored_value),
     ("change", change),
@@ -35,17 +35,15 @@ pub const ENTRIES: &[Entry] = &[
 ];
 
 /// A batch record, as it is and with its lengths and crc put right, so that what lies behind the crc is reached.
-pub fn record(bytes: &[u8]) {
+pub(crate) fn record(bytes: &[u8]) {
     for bytes in [bytes.to_vec(), mended(bytes)] {
         let Ok(batch) = Batch::decode(Bytes::from(bytes)) else { continue };
         assert!(batch.header().end > batch.header().previous);
         let Ok(changes) = batch.changes() else { continue };
         let mut last = batch.header().previous;
-        for change in changes.iter() {
-            if let Ok(change) = change {
-                assert!(change.position > last);
-                last = change.position;
-            }
+        for change in changes.iter().flatten() {
+            assert!(change.position > last);
+            last = change.position;
         }
     }
 }
@@ -68,12 +66,12 @@ fn mended(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// A value or key of the outbox's database.
-pub fn stored_value(bytes: &[u8]) {
+pub(crate) fn stored_value(bytes: &[u8]) {
     decode_stored_value(bytes);
 }
 
 /// A change event.
-pub fn change(bytes: &[u8]) {
+pub(crate) fn change(bytes: &[u8]) {
     let Ok(raw) = RawDocument::from_bytes(bytes) else { return };
     let Ok(change) = Change::parse(Position::ZERO, raw) else { return };
     if let (Some(id), Some(uuid)) = (change.id(), change.uuid) {
@@ -86,7 +84,7 @@ pub fn change(bytes: &[u8]) {
 }
 
 /// A resume token, as a document and as the text inside one.
-pub fn resume_token(bytes: &[u8]) {
+pub(crate) fn resume_token(bytes: &[u8]) {
     if let Ok(raw) = RawDocument::from_bytes(bytes) {
         drop(token::decode(raw));
     }
@@ -98,7 +96,7 @@ pub fn resume_token(bytes: &[u8]) {
 }
 
 /// A change stream's reply.
-pub fn reply(bytes: &[u8]) {
+pub(crate) fn reply(bytes: &[u8]) {
     let Ok(raw) = RawDocumentBuf::from_bytes(bytes.to_vec()) else { return };
     let before = Position::ZERO;
     let mut chunker = Chunker::new(Incarnation([1; 16]), Epoch(1), before, StreamHash::default(), false);
@@ -109,7 +107,7 @@ pub fn reply(bytes: &[u8]) {
 }
 
 /// An update description, and the document it is applied to behind it.
-pub fn delta(bytes: &[u8]) {
+pub(crate) fn delta(bytes: &[u8]) {
     let Some(length) = bytes.first_chunk::<4>().map(|b| i32::from_le_bytes(*b)) else { return };
     let Some((description, document)) = usize::try_from(length).ok().and_then(|at| bytes.split_at_checked(at)) else {
         return;
@@ -132,7 +130,7 @@ pub fn delta(bytes: &[u8]) {
 }
 
 /// A configuration file.
-pub fn config(bytes: &[u8]) {
+pub(crate) fn config(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes)
         && let Err(problems) = Config::parse(text, Path::new("/"))
     {
@@ -141,7 +139,7 @@ pub fn config(bytes: &[u8]) {
 }
 
 /// A frame of the link and what its body holds.
-pub fn frame(bytes: &[u8]) {
+pub(crate) fn frame(bytes: &[u8]) {
     let Ok(frame) = pb::Frame::decode(bytes) else { return };
     match frame.body {
         Some(pb::frame::Body::Hello(hello)) => {
@@ -159,7 +157,7 @@ pub fn frame(bytes: &[u8]) {
 }
 
 /// A document of the target's database `farshore`.
-pub fn stored_document(bytes: &[u8]) {
+pub(crate) fn stored_document(bytes: &[u8]) {
     let Ok(document) = RawDocument::from_bytes(bytes).and_then(Document::try_from) else { return };
     drop(store::read_lane(&document));
     drop(store::read_stream(&document));

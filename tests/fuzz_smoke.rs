@@ -9,7 +9,7 @@ mod entries;
 use std::panic::catch_unwind;
 use std::time::{Duration, Instant};
 
-use bson::{Document, RawDocumentBuf, doc, rawdoc};
+use bson::{Document, RawDocumentBuf, doc};
 use farshore::apply::catalog::{Entry, Presence};
 use farshore::apply::lanes::{Floor, LaneState};
 use farshore::apply::store;
@@ -33,8 +33,8 @@ fn uuid() -> bson::Bson {
     store::uuid(CollectionUuid([3; 16]))
 }
 
-fn token(index: &str) -> RawDocumentBuf {
-    rawdoc! {"_data": format!("826B00B86B000000022B022C0100{index}296E5A1004AA0974BD0E33488483159709266")}
+fn token(index: &str) -> Document {
+    doc! {"_data": format!("826B00B86B000000022B022C0100{index}6E5A1004AA0974BD0E33488483159709266")}
 }
 
 fn events() -> Vec<Document> {
@@ -43,8 +43,8 @@ fn events() -> Vec<Document> {
     "truncatedArrays": [{"field": "list", "newSize": 3}]};
     let key = doc! {"_id": {"a": 1, "b": [1.5, null]}};
     vec![
-        doc! {"_id": token(""), "operationType": "insert", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": 1}, "fullDocument": {"_id": 1, "x": "y"}},
-        doc! {"_id": token(""), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "updateDescription": update, "txnNumber": 1_i64},
+        doc! {"_id": token("29"), "operationType": "insert", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": 1}, "fullDocument": {"_id": 1, "x": "y"}},
+        doc! {"_id": token("29"), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "updateDescription": update, "txnNumber": 1_i64},
         doc! {"_id": token("2B02"), "operationType": "delete", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": "k"}},
         doc! {"_id": token("2B04"), "operationType": "rename", "collectionUUID": uuid(), "ns": ns.clone(), "to": ns, "operationDescription": {"dropTarget": uuid()}},
     ]
@@ -138,7 +138,7 @@ fn samples(entry: &str) -> Vec<Vec<u8>> {
         "change" => events().into_iter().map(bytes_of).collect(),
         "resume_token" => {
             vec![
-                token("2B04").into_bytes(),
+                bytes_of(token("2B04")),
                 b"826B00B86F000000052B022C01002C75566E5A1004".to_vec(),
                 b"826B00B871000000032B0229296E04".to_vec(),
             ]

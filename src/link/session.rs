@@ -233,7 +233,8 @@ impl<'a> Session<'a> {
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Event::Cancelled,
-            _ = self.leadership.changed() => Event::Leadership,
+            // An agent that ends drops the sender; that alone changes nothing here.
+            Ok(()) = self.leadership.changed() => Event::Leadership,
             _ = self.tick.tick() => Event::Tick,
             // Before sending, so that the commits of one group share an acknowledgement.
             event = async { take.as_mut().expect("checked").next().await }, if take.is_some() => Event::Take(event),

@@ -25,8 +25,11 @@ async fn stale_agent(side: Side) -> Result<()> {
     for index in 0..2 {
         let agent = &pair.site(side).agents[index];
         let address = agent.link_address();
-        let said = { let pair = &pair; let site = if side == Side::North { &pair.north } else { &pair.south };
-            status(&pair.pki, &site.agents[index]).await? };
+        let said = {
+            let pair = &pair;
+            let site = if side == Side::North { &pair.north } else { &pair.south };
+            status(&pair.pki, &site.agents[index]).await?
+        };
         ensure!(said.site == side.name(), "{address} is {}", said.site);
         if said.leader {
             leader = Some((index, said.term));
@@ -59,7 +62,11 @@ async fn stale_agent(side: Side) -> Result<()> {
 }
 
 /// The stopped agent has ended: it must not be asked.
-async fn equal_on(pair: &mut farshore_testkit::pair::Pair, side: Side, gone: usize) -> Result<farshore_testkit::compare::Comparison> {
+async fn equal_on(
+    pair: &mut farshore_testkit::pair::Pair,
+    side: Side,
+    gone: usize,
+) -> Result<farshore_testkit::compare::Comparison> {
     pair.site(side).agents.remove(gone);
     equal(pair, &Options::default()).await
 }
@@ -79,17 +86,22 @@ async fn a_link_that_corrupts_and_loses_frames_loses_nothing() -> Result<()> {
     let options = PairOptions { between: Between::Grpc(5), dialler: Some(Side::North), ..PairOptions::default() };
     let mut pair = pair(options).await?;
     let source = client(&mut pair, Side::North)?;
-    let faults = Faults { drop: 0.01, repeat: 0.02, reorder: 0.02, corrupt: 0.02, ..Faults::default() };
-    pair.link.set_faults(Side::South, faults.clone());
-    pair.link.set_faults(Side::North, Faults { corrupt: 0.0, ..faults });
-    let workload = Workload::new(12, Profile::without_ddl(), "app");
+    let to_target =
+        Faults { batch_drop: 0.01, batch_repeat: 0.02, batch_swap: 0.02, batch_corrupt: 0.03, ..Faults::default() };
+    pair.link.set_faults(Side::South, to_target);
+    pair.link.set_faults(Side::North, Faults { ack_drop: 0.3, ack_repeat: 0.1, ..Faults::default() });
+    let workload = Workload::new(11, Profile::without_ddl(), "app");
     workload.run(&source, Until::Operations(1_500)).await?;
     let shared = &pair;
     wait::until("a corrupted record to be noticed", DEADLINE, || async {
         let stream = stream(shared).await?;
-        let corrupted: u64 = shared.link.counts(Side::South).iter().map(|counts| counts.corrupted).sum();
+        let corrupted: u64 = shared.link.counts(Side::South).iter().map(|counts| counts.batch_corruptions).sum();
         workload.run(&source, Until::Operations(20)).await?;
-        if corrupted > 0 && stream.corrupt_records > 0 { Ok(()) } else { bail!("{corrupted} corrupted, {} noticed", stream.corrupt_records) }
+        if corrupted > 0 && stream.corrupt_records > 0 {
+            Ok(())
+        } else {
+            bail!("{corrupted} corrupted, {} noticed", stream.corrupt_records)
+        }
     })
     .await?;
     pair.link.set_faults(Side::South, Faults::default());

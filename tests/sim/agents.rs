@@ -125,6 +125,7 @@ async fn process(world: &Shared, host: &'static str) -> String {
         });
     } else {
         let inbox = logs.log(&LogId::Inbox(site("north")));
+        parts.spawn(watch_durable(world.clone(), inbox.clone()));
         parts.spawn(lead(target.clone(), inbox.clone(), lease.subscribe(), carrying.clone()));
         parts.spawn(apply(world.clone(), host, target, inbox, hub, carrying.subscribe(), applied, cancel));
     }
@@ -148,6 +149,20 @@ async fn keep_lease(world: Shared, host: &'static str, process: u64, lease: watc
             Some(Some(_)) => {}
         }
         tokio::time::sleep(LEASE).await;
+    }
+}
+
+/// Remembers how far any inbox ever was on disk: a damaged record may be cut away again within one step.
+async fn watch_durable(world: Shared, inbox: Log) -> String {
+    let mut states = inbox.watch();
+    loop {
+        if let Some(state) = &*states.borrow_and_update() {
+            let durable = &mut lock(&world).durable;
+            *durable = (*durable).max(state.end);
+        }
+        if states.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

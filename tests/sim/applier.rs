@@ -209,15 +209,6 @@ impl Target for SimTarget {
                 }
             }
             let lanes = positions(&world.target.lanes).ok_or(TargetError::Moved("a lane is missing".into()))?;
-            if let Some((position, _)) = floor
-                && world
-                    .target
-                    .lanes
-                    .values()
-                    .any(|lane| lane.state.resume_from() < position && !lane.state.parked.is_empty())
-            {
-                world.broken(format!("floor {position} is past a parked collection"));
-            }
             Ok((lanes, election(&world.target)))
         })
         .await
@@ -230,9 +221,9 @@ impl Target for SimTarget {
                 lock(&self.world).broken(reason.clone());
                 vec![(*collection, entry(db, coll, Presence::Refused(reason), true, position))]
             }
-            DdlStep::Event(bytes) => {
-                let raw = RawDocument::from_bytes(bytes).expect("ddl events are valid");
-                let change = Change::parse(position, raw).expect("ddl events are valid");
+            DdlStep::Event { position, event } => {
+                let raw = RawDocument::from_bytes(event).expect("ddl events are valid");
+                let change = Change::parse(*position, raw).expect("ddl events are valid");
                 self.event(&change, entries).await?
             }
         };
@@ -256,19 +247,9 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
     let mut suspects = Vec::new();
     match divergence {
         Divergence::Unique { collection, fields } => {
-            let Some((Ok(field), there)) = fields
-                .iter()
-                .next()
-                .map(|f| f.map(|f| (f, here(collection))))
-                .transpose()
-                .ok()
-                .flatten()
-                .map(|(f, t)| (Ok::<_, ()>(f), t))
-            else {
-                return suspects;
-            };
+            let field = fields.iter().next().expect("a unique index has fields").expect("valid");
             let (name, value) = (field.0.as_str().to_owned(), bson::Bson::try_from(field.1).ok());
-            for (identity, bytes) in there.iter().flat_map(|c| &c.documents) {
+            for (identity, bytes) in here(collection).iter().flat_map(|c| &c.documents) {
                 if field_of(bytes, &name) == value {
                     let id = field_of(bytes, "_id").expect("every document has an _id");
                     let key = bson::RawDocumentBuf::try_from(&bson::doc! {"_id": id}).expect("encodes");

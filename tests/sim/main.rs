@@ -1,7 +1,8 @@
 //! Two sites, four agents, one network that loses, delays and splits, and every process mortal: the real capture, logs,
 //! link and apply over simulated databases, disks and wires, deterministic by seed.
 //!
-//! `FARSHORE_SIM_SEEDS` says how many seeds run (100), `FARSHORE_SIM_SEED` picks a single one. What is promised is checked
+//! `FARSHORE_SIM_SEED` picks a single seed, `FARSHORE_SIM_SEEDS` says how many run; without them the sizes of
+//! `farshore_testkit::sizes` count (100 seeds, the soak's 5,000 in rounds). What is promised is checked
 //! at every commit and every step: each change is applied once, to exactly the document the source had; source
 //! transactions are whole; positions and floors never go back; what is acknowledged is durable. After the network heals,
 //! both sites must become equal, byte for byte, within a simulated deadline.
@@ -16,6 +17,7 @@ mod target;
 mod workload;
 mod world;
 
+use farshore_testkit::sizes;
 use run::{Outcome, run};
 
 fn number(variable: &str) -> Option<u64> {
@@ -41,17 +43,27 @@ fn must(seed: u64) -> Outcome {
 
 #[test]
 fn every_seed_converges_and_breaks_no_promise() {
-    let seeds: Vec<u64> = match number("FARSHORE_SIM_SEED") {
-        Some(one) => vec![one],
-        None => (0..number("FARSHORE_SIM_SEEDS").unwrap_or(100)).collect(),
+    let first = sizes::seed();
+    let seeds = match number("FARSHORE_SIM_SEED") {
+        Some(one) => one..one + 1,
+        None => first..first + number("FARSHORE_SIM_SEEDS").unwrap_or_else(sizes::seeds),
     };
-    let started = std::time::Instant::now();
-    let mut total = Outcome::default();
-    for seed in &seeds {
-        total.add(&must(*seed));
+    let (started, limit) = (std::time::Instant::now(), sizes::time_limit());
+    let (mut total, mut ran) = (Outcome::default(), 0);
+    for seed in seeds {
+        if limit.is_some_and(|limit| started.elapsed() >= limit) {
+            break;
+        }
+        total.add(&must(seed));
+        ran += 1;
     }
-    println!("{} seeds in {:.1} s: {total}", seeds.len(), started.elapsed().as_secs_f64());
-    if seeds.len() >= 100 {
+    println!("{ran} seeds in {:.1} s: {total}", started.elapsed().as_secs_f64());
+    sizes::report(
+        "sim",
+        &serde_json::json!({"done": ran, "failures": 0, "crashes": total.counts.crashes,
+        "partitions": total.counts.partitions, "changes": total.done.changes}),
+    );
+    if ran >= 100 {
         assert!(total.counts.crashes > 0 && total.counts.takeovers > 0 && total.counts.failovers > 0);
         assert!(total.done.rolled_back > 0 && total.counts.fetches > 0 && total.done.transactions > 0);
     }

@@ -6,7 +6,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, SystemTime};
 
-use farshore::model::Position;
 use farshore::outbox::{LogId, Store as _};
 use rand::Rng as _;
 use rand::rngs::StdRng;
@@ -42,6 +41,7 @@ impl Outcome {
         a.failovers += b.failovers;
         a.takeovers += b.takeovers;
         a.fetches += b.fetches;
+        a.corruptions += b.corruptions;
         let (a, b) = (&mut self.done, &other.done);
         a.commits += b.commits;
         a.changes += b.changes;
@@ -58,7 +58,7 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "{} simulated s, {} events, {} changes in {} commits ({} rolled back), {} source transactions, {} fetches; \
-             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers",
+             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers, {} damaged records",
             self.simulated.as_secs(),
             self.events,
             d.changes,
@@ -70,7 +70,8 @@ impl fmt::Display for Outcome {
             c.exits,
             c.partitions,
             c.failovers,
-            c.takeovers
+            c.takeovers,
+            c.corruptions
         )
     }
 }
@@ -113,7 +114,6 @@ struct Driver<'s> {
     later: BTreeMap<(Duration, u64), Later>,
     sequence: u64,
     down: Vec<&'static str>,
-    durable: Position,
 }
 
 /// Runs one seed.
@@ -135,8 +135,7 @@ pub(crate) fn run(seed: u64) -> Result<Outcome, Failure> {
         sim.host(host, move || agent(world.clone(), host));
     }
     let dice = StdRng::seed_from_u64(seed ^ 0xD1CE);
-    let mut driver =
-        Driver { sim, world, dice, later: BTreeMap::new(), sequence: 0, down: Vec::new(), durable: Position::ZERO };
+    let mut driver = Driver { sim, world, dice, later: BTreeMap::new(), sequence: 0, down: Vec::new() };
     let result = driver.run();
     for agent in lock(&driver.world).agents.values_mut() {
         agent.hub = None;
@@ -220,25 +219,19 @@ impl Driver<'_> {
     }
 
     /// What is acknowledged is durable, what is applied was received.
-    fn check(&mut self) -> Result<(), String> {
+    fn check(&self) -> Result<(), String> {
         let world = lock(&self.world);
         if let Some(violation) = &world.violation {
             return Err(violation.clone());
         }
-        let inbox = LogId::Inbox(site("north"));
-        for agent in world.agents.values() {
-            if let Ok(Some(state)) = agent.store.state(&inbox) {
-                self.durable = self.durable.max(state.end);
-            }
-        }
         for (host, agent) in &world.agents {
             let view = agent.hub.as_ref().and_then(|hub| hub.stream_view(&stream()));
             let Some(view) = view else { continue };
-            if view.received.is_some_and(|received| received > self.durable) {
-                return Err(format!("{host}: received {:?} is past what is durable, {}", view.received, self.durable));
+            if view.received.is_some_and(|received| received > world.durable) {
+                return Err(format!("{host}: received {:?} is past what is durable, {}", view.received, world.durable));
             }
-            if view.applied.is_some_and(|applied| applied > self.durable) {
-                return Err(format!("{host}: applied {:?} is past what is durable, {}", view.applied, self.durable));
+            if view.applied.is_some_and(|applied| applied > world.durable) {
+                return Err(format!("{host}: applied {:?} is past what is durable, {}", view.applied, world.durable));
             }
         }
         Ok(())
@@ -271,7 +264,7 @@ impl Driver<'_> {
         if !self.dice.random_bool(0.005) {
             return;
         }
-        match self.dice.random_range(0..12) {
+        match self.dice.random_range(0..13) {
             0 | 1 => {
                 let host = *HOSTS.choose(&mut self.dice).expect("some");
                 let silent = self.dice.random_bool(0.5);
@@ -316,12 +309,26 @@ impl Driver<'_> {
                 self.sim.set_max_message_latency(slow);
                 self.later(500, 5000, Later::Latency);
             }
+            11 => self.corrupt(),
             _ => {
                 let (a, b) = self.link();
                 self.log(format!("loss between {a} and {b}"));
                 self.sim.set_link_fail_rate(a, b, 0.02);
                 self.later(500, 5000, Later::Loss(a, b));
             }
+        }
+    }
+
+    /// A bit flips in the newest record on a disk.
+    fn corrupt(&mut self) {
+        let host = *HOSTS.choose(&mut self.dice).expect("some");
+        let log = if host.starts_with("north") { LogId::Outbox } else { LogId::Inbox(site("north")) };
+        let world = &mut *lock(&self.world);
+        let store = &world.agents[host].store;
+        let end = store.state(&log).ok().flatten().map(|state| state.end);
+        if let Some(end) = end.filter(|end| store.corrupt(&log, *end)) {
+            world.counts.corruptions += 1;
+            world.log(format!("a record of {host} is damaged, the one that ends at {end}"));
         }
     }
 

@@ -134,8 +134,13 @@ impl SourceDb {
     fn emit(&mut self, position: Position, uuid: Option<CollectionUuid>, large: bool, body: Document, txn: bool) {
         let token = event_token(position.time, position.ordinal - 1, uuid);
         let mut event = RawDocumentBuf::new();
-        event.append(bson::cstr!("_id"), token.clone());
         let mut body = body;
+        // The server puts the new name of a rename before the token.
+        if let Some(to) = body.remove("to") {
+            let to = RawDocumentBuf::try_from(to.as_document().expect("a namespace")).expect("encodes");
+            event.append(bson::cstr!("to"), to);
+        }
+        event.append(bson::cstr!("_id"), token.clone());
         body.insert("clusterTime", farshore::mongo::timestamp(position.time));
         body.insert("wallTime", bson::DateTime::from_millis(i64::from(position.time.seconds()) * 1000));
         if txn {
@@ -177,7 +182,7 @@ impl SourceDb {
 
     fn write(&mut self, position: Position, uuid: CollectionUuid, write: Write, txn: bool) {
         let collection = self.collections.get_mut(&uuid).expect("the workload writes to what is there");
-        let large = collection.coll == "big" && position.time.0 % 9 == 0 && !matches!(write, Write::Delete(_));
+        let large = collection.coll == "big" && position.time.0.is_multiple_of(9) && !matches!(write, Write::Delete(_));
         let ns = doc! {"db": &collection.db, "coll": &collection.coll};
         let (op, key, after, details) = match write {
             Write::Insert(document) => {

@@ -50,6 +50,7 @@ pub(crate) struct Counts {
     pub(crate) failovers: u64,
     pub(crate) takeovers: u64,
     pub(crate) fetches: u64,
+    pub(crate) corruptions: u64,
 }
 
 /// One host.
@@ -77,6 +78,8 @@ pub(crate) struct World {
     pub(crate) source: SourceDb,
     pub(crate) target: TargetDb,
     pub(crate) beginning: Position,
+    /// How far any inbox ever was on disk.
+    pub(crate) durable: Position,
     pub(crate) agents: BTreeMap<&'static str, Agent>,
     leases: BTreeMap<&'static str, Lease>,
     pub(crate) counts: Counts,
@@ -130,6 +133,7 @@ impl World {
             source,
             target: TargetDb::default(),
             beginning,
+            durable: beginning,
             counts: Counts::default(),
             trace: Vec::new(),
             violation: None,
