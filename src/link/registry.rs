@@ -8,7 +8,9 @@
 //!
 //! A replaced session is ended and awaited before the new one goes on, so only one ever writes an inbox.
 
-use tokio::sync::watch;
+use std::sync::{Mutex, MutexGuard};
+
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{AgentId, SiteName, Term};
@@ -39,10 +41,12 @@ struct Live {
     cancel: CancellationToken,
 }
 
-/// The place of the one session with a peer.
-#[derive(Debug)]
+/// The place of the one session with a peer. Those that wait for it are woken in the order in which they came (a watch has
+/// an order of its own), so that a simulation repeats.
+#[derive(Debug, Default)]
 pub struct Slot {
-    live: watch::Sender<Option<Live>>,
+    live: Mutex<Option<Live>>,
+    moved: Notify,
     ids: std::sync::atomic::AtomicU64,
 }
 
@@ -53,23 +57,32 @@ pub struct Place<'a> {
     id: u64,
 }
 
-impl Default for Slot {
-    fn default() -> Self {
-        Self { live: watch::Sender::new(None), ids: Default::default() }
-    }
-}
-
 impl Slot {
+    fn live(&self) -> MutexGuard<'_, Option<Live>> {
+        self.live.lock().expect("no holder panics")
+    }
+
     /// Whether a session lives.
     pub fn is_taken(&self) -> bool {
-        self.live.borrow().is_some()
+        self.live().is_some()
     }
 
     /// Waits until no session lives.
     pub async fn free(&self) {
-        let mut watch = self.live.subscribe();
-        // The sender lives in `self`.
-        drop(watch.wait_for(Option::is_none).await);
+        self.until(|live| live.is_none()).await;
+    }
+
+    async fn until(&self, wanted: impl Fn(Option<&Live>) -> bool) {
+        loop {
+            let moved = self.moved.notified();
+            tokio::pin!(moved);
+            // Listening before looking, so that nothing is missed in between.
+            moved.as_mut().enable();
+            if wanted(self.live().as_ref()) {
+                return;
+            }
+            moved.await;
+        }
     }
 
     /// Takes the place, ending an older session that the rule lets go; `None` when the older one stays. `cancel` ends the new
@@ -77,39 +90,34 @@ impl Slot {
     pub async fn admit(&self, claim: Claim, cancel: CancellationToken) -> Option<Place<'_>> {
         let id = self.ids.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         loop {
-            let mut old = None;
-            let taken = self.live.send_if_modified(|live| match live {
-                Some(live) => {
-                    old = Some(live.clone());
-                    false
-                }
-                None => {
-                    *live = Some(Live { id, claim: claim.clone(), cancel: cancel.clone() });
-                    true
-                }
-            });
-            match old {
-                _ if taken => return Some(Place { slot: self, id }),
-                Some(old) if replaces(&claim, &old.claim) => {
-                    old.cancel.cancel();
-                    let mut watch = self.live.subscribe();
-                    drop(watch.wait_for(|live| live.as_ref().is_none_or(|live| live.id != old.id)).await);
-                }
-                _ => return None,
+            let Some(old) = self.take(id, &claim, &cancel) else { return Some(Place { slot: self, id }) };
+            if !replaces(&claim, &old.claim) {
+                return None;
             }
+            old.cancel.cancel();
+            self.until(|live| live.is_none_or(|live| live.id != old.id)).await;
         }
+    }
+
+    /// Takes the place if it is free; else tells who has it.
+    fn take(&self, id: u64, claim: &Claim, cancel: &CancellationToken) -> Option<Live> {
+        let mut live = self.live();
+        if live.is_none() {
+            *live = Some(Live { id, claim: claim.clone(), cancel: cancel.clone() });
+            return None;
+        }
+        live.clone()
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.slot.live.send_if_modified(|live| {
-            let ours = live.as_ref().is_some_and(|live| live.id == self.id);
-            if ours {
-                *live = None;
-            }
-            ours
-        });
+        let mut live = self.slot.live();
+        if live.as_ref().is_some_and(|live| live.id == self.id) {
+            *live = None;
+            drop(live);
+            self.slot.moved.notify_waiters();
+        }
     }
 }
 

@@ -125,9 +125,10 @@ async fn process(world: &Shared, host: &'static str) -> String {
         });
     } else {
         let inbox = logs.log(&LogId::Inbox(site("north")));
-        parts.spawn(watch_durable(world.clone(), inbox.clone()));
-        parts.spawn(lead(target.clone(), inbox.clone(), lease.subscribe(), carrying.clone()));
-        parts.spawn(apply(world.clone(), host, target, inbox, hub, carrying.subscribe(), applied, cancel));
+        let applying = watch::Sender::new(Leadership::default());
+        let leading = applying.subscribe();
+        parts.spawn(lead(target.clone(), inbox.clone(), lease.subscribe(), carrying.clone(), applying));
+        parts.spawn(apply(world.clone(), host, target, inbox, hub, leading, applied, cancel));
     }
     match parts.join_next().await {
         Some(Ok(reason)) => reason,
@@ -152,26 +153,13 @@ async fn keep_lease(world: Shared, host: &'static str, process: u64, lease: watc
     }
 }
 
-/// Remembers how far any inbox ever was on disk: a damaged record may be cut away again within one step.
-async fn watch_durable(world: Shared, inbox: Log) -> String {
-    let mut states = inbox.watch();
-    loop {
-        if let Some(state) = &*states.borrow_and_update() {
-            let durable = &mut lock(&world).durable;
-            *durable = (*durable).max(state.end);
-        }
-        if states.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
 /// The inbox is put in order before streams flow.
 async fn lead(
     target: Arc<SimTarget>,
     inbox: Log,
     mut lease: watch::Receiver<Leadership>,
     carrying: watch::Sender<Leadership>,
+    applying: watch::Sender<Leadership>,
 ) -> String {
     loop {
         let now = *lease.borrow_and_update();
@@ -181,6 +169,7 @@ async fn lead(
             }
         }
         carrying.send_replace(now);
+        applying.send_replace(now);
         if lease.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -194,13 +183,13 @@ async fn apply(
     target: Arc<SimTarget>,
     inbox: Log,
     hub: Hub,
-    mut carrying: watch::Receiver<Leadership>,
+    mut leading: watch::Receiver<Leadership>,
     applied: watch::Sender<Option<Position>>,
     cancel: CancellationToken,
 ) -> String {
-    let Ok(leading) = carrying.wait_for(|now| now.leader).await.map(|now| *now) else { return "closed".into() };
+    let Ok(leading) = leading.wait_for(|now| now.leader).await.map(|now| *now) else { return "closed".into() };
     let options = lock(&world).settings.options;
-    let fetch = Arc::new(LinkFetch(hub));
+    let fetch = Arc::new(LinkFetch(hub, tokio::sync::Mutex::default()));
     let (engine, mut status) = Engine::new(target, fetch, site("north"), inbox, leading.term, options);
     let forward = async {
         loop {
@@ -352,10 +341,13 @@ impl FetchSource for SimFetch {
     }
 }
 
-struct LinkFetch(Hub);
+/// One fetch at a time: tokio wakes those that wait for one watch in an order of its own, which would differ between
+/// two runs of one seed. For the same reason no watch here has two that wait for it within one host.
+struct LinkFetch(Hub, tokio::sync::Mutex<()>);
 
 impl FetchClient for LinkFetch {
     async fn fetch(&self, source: &SiteName, request: Fetch) -> Result<Fetched, String> {
+        let _turn = self.1.lock().await;
         self.0.fetch(source, request).await.map_err(|error| error.to_string())
     }
 }

@@ -388,6 +388,9 @@ impl SimTarget {
 
     async fn index(&self, entry: &Entry, here: CollectionUuid, create: bool) -> Result<bool, TargetError> {
         self.guard().await?;
+        // Building takes its time, and the lanes go on meanwhile.
+        let wait = lock(&self.world).building();
+        tokio::time::sleep(wait).await;
         let name = (entry.db.clone(), entry.coll.clone());
         self.call(move |world| {
             world.target.majority();

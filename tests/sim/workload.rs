@@ -11,19 +11,17 @@ use crate::source::{SourceDb, Write, identity};
 
 const NAMES: [&str; 6] = ["items", "ratings", "users", "big", "tmp", "log"];
 const DATABASES: [&str; 2] = ["shop", "side"];
-/// Documents per collection are few, so that changes meet.
-const IDS: i32 = 24;
 const FIELDS: [&str; 6] = ["n", "zeta", "alpha", "m", "10", "9"];
 
-fn id(rng: &mut StdRng) -> Bson {
-    let n = rng.random_range(0..IDS);
+fn id(rng: &mut StdRng, ids: i32) -> Bson {
+    let n = rng.random_range(0..ids);
     if n % 3 == 0 { Bson::String(format!("key-{n}")) } else { Bson::Int32(n) }
 }
 
 fn document(rng: &mut StdRng, id: &Bson) -> Document {
     let tags: Vec<i32> = (0..rng.random_range(1..5)).collect();
     let mut document =
-        doc! {"_id": id.clone(), "u": rng.random_range(0..60_i64), "tags": tags, "sub": {"a": 1, "b": "x"}};
+        doc! {"_id": id.clone(), "u": rng.random_range(0..600_i64), "tags": tags, "sub": {"a": 1, "b": "x"}};
     for _ in 0..rng.random_range(0..3) {
         document.insert(*FIELDS.choose(rng).expect("some"), rng.random_range(0..1000));
     }
@@ -45,7 +43,7 @@ fn update(rng: &mut StdRng, before: &Document) -> (Document, Document) {
         set.insert(*field, value);
     }
     if rng.random_bool(0.3) {
-        let value = rng.random_range(0..60_i64);
+        let value = rng.random_range(0..600_i64);
         after.insert("u", value);
         set.insert("u", value);
     }
@@ -89,9 +87,10 @@ fn write(
     source: &SourceDb,
     uuid: CollectionUuid,
     touched: &mut Vec<(CollectionUuid, u128)>,
+    ids: i32,
 ) -> Option<Write> {
     let collection = &source.collections[&uuid];
-    let id = id(rng);
+    let id = id(rng, ids);
     let key = identity(&id);
     if touched.contains(&(uuid, key)) {
         return None;
@@ -117,7 +116,7 @@ fn write(
 }
 
 /// One step of the workload.
-pub(crate) fn step(rng: &mut StdRng, source: &mut SourceDb, now: Duration) {
+pub(crate) fn step(rng: &mut StdRng, source: &mut SourceDb, now: Duration, ids: i32) {
     let uuids: Vec<CollectionUuid> = source.collections.keys().copied().collect();
     let roll = rng.random_range(0..1000);
     if uuids.is_empty() || roll < 15 {
@@ -130,7 +129,7 @@ pub(crate) fn step(rng: &mut StdRng, source: &mut SourceDb, now: Duration) {
         let mut writes = Vec::new();
         for _ in 0..count {
             let uuid = *uuids.choose(rng).expect("some");
-            writes.extend(write(rng, source, uuid, &mut touched).map(|write| (uuid, write)));
+            writes.extend(write(rng, source, uuid, &mut touched, ids).map(|write| (uuid, write)));
         }
         let free = rng.random_bool(0.05).then(|| free_name(rng, source)).flatten();
         let creates: Vec<_> = free.into_iter().collect();
@@ -139,7 +138,7 @@ pub(crate) fn step(rng: &mut StdRng, source: &mut SourceDb, now: Duration) {
         }
     } else {
         let uuid = *uuids.choose(rng).expect("some");
-        if let Some(write) = write(rng, source, uuid, &mut Vec::new()) {
+        if let Some(write) = write(rng, source, uuid, &mut Vec::new(), ids) {
             source.commit(now, Vec::new(), vec![(uuid, write)]);
         }
     }

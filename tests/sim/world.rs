@@ -12,7 +12,7 @@ use farshore::model::{Position, Term};
 use farshore::outbox::{MemStore, Quota, Store as _};
 use farshore::source::tail::TailError;
 use rand::rngs::StdRng;
-use rand::{Rng as _, SeedableRng as _};
+use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
 
 use crate::agents::{HOSTS, site_of};
 use crate::source::SourceDb;
@@ -39,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) both_dial: bool,
     /// Writes per second of simulated time.
     pub(crate) rate: u32,
+    /// Documents per collection: few meet often, many use all lanes.
+    pub(crate) ids: i32,
 }
 
 /// What a run did.
@@ -108,6 +110,7 @@ fn settings(dice: &mut StdRng) -> Settings {
         single_change_units: dice.random_bool(0.7),
         both_dial: dice.random_bool(0.5),
         rate: dice.random_range(10..90),
+        ids: *[8, 24, 24, 400].choose(dice).expect("some"),
     }
 }
 
@@ -154,6 +157,12 @@ impl World {
     pub(crate) fn latency(&mut self) -> Duration {
         let slow = self.dice.random_bool(0.01) && !self.calm;
         Duration::from_millis(self.dice.random_range(0..if slow { 400 } else { 5 }))
+    }
+
+    /// How long an index build takes.
+    pub(crate) fn building(&mut self) -> Duration {
+        let long = self.dice.random_bool(0.3) && !self.calm;
+        Duration::from_millis(self.dice.random_range(0..if long { 3000 } else { 20 }))
     }
 
     pub(crate) fn batch_size(&mut self) -> usize {
