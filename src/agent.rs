@@ -6,6 +6,7 @@
 
 mod clients;
 mod console;
+mod counts;
 mod gate;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admin::control::{Console as _, ControlService};
+use crate::admin::control::ControlService;
 use crate::admin::health::{self, Health, HealthServer, Heartbeat as Liveness, Latch, Readiness};
 use crate::admin::metrics::Metrics;
 use crate::admin::telemetry;
@@ -189,7 +190,7 @@ impl Agent {
         }
         let console = Arc::new(self.console(hub.clone()));
         let seen = console.clone();
-        metrics.observe(move || seen.status());
+        metrics.observe(move || seen.observation());
         metrics.own_certificate_expires(tls.expires().saturating_mul(1000));
         let control = ControlService::new(console, intake.clone()).into_server();
         let routes = tonic::service::Routes::new(control);
@@ -381,6 +382,7 @@ impl Agent {
             workers: self.config.apply.workers,
             memory: apply_memory(self.config.memory.limit.0),
             adopted: self.config.apply.start_at.is_some(),
+            clock: wall_ms,
         };
         let work = self.supervisor.token(Stage::Work);
         self.supervisor.spawn(Stage::Work, "apply", async move {
@@ -553,8 +555,12 @@ impl SourceParts {
             let time = head.borrow_and_update().time;
             // What was captured is committed, so the head is at least there.
             let time = captured.map_or(time, |end| time.max(crate::model::ClusterTime(end.time.0.saturating_sub(1))));
-            let progress =
-                SourceProgress { head: time, captured, captured_changes: now.changes, captured_bytes: now.bytes };
+            let progress = SourceProgress {
+                head: time,
+                captured,
+                captured_changes: now.flow.changes(),
+                captured_bytes: now.flow.bytes,
+            };
             self.progress.send_if_modified(|old| {
                 let moved = *old != progress;
                 *old = progress;
@@ -609,7 +615,11 @@ async fn beat(alive: Arc<Liveness>, stop: CancellationToken) -> Result<(), Strin
 }
 
 fn wall_clock() -> Clock {
-    Arc::new(|| bson::DateTime::now().timestamp_millis())
+    Arc::new(wall_ms)
+}
+
+fn wall_ms() -> i64 {
+    bson::DateTime::now().timestamp_millis()
 }
 
 fn serve_health(

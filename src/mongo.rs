@@ -49,6 +49,8 @@ pub struct Failure {
     pub kind: Kind,
     /// The transaction was certainly not committed and may be run again as a whole.
     pub transaction_aborted: bool,
+    /// The server's error code, if there is one, whatever it means.
+    pub server_code: Option<i32>,
     /// What the driver or the server said.
     pub detail: String,
 }
@@ -60,6 +62,7 @@ impl Failure {
             doing,
             kind: classify(&error),
             transaction_aborted: error.contains_label("TransientTransactionError"),
+            server_code: code_of(&error),
             detail: describe(&error),
         }
     }
@@ -86,6 +89,15 @@ fn describe(error: &DriverError) -> String {
     }
 }
 
+fn code_of(error: &DriverError) -> Option<i32> {
+    match &*error.kind {
+        ErrorKind::Command(command) => Some(command.code),
+        ErrorKind::Write(mongodb::error::WriteFailure::WriteConcernError(error)) => Some(error.code),
+        ErrorKind::Write(mongodb::error::WriteFailure::WriteError(error)) => Some(error.code),
+        _ => None,
+    }
+}
+
 /// Codes after which the same command is worth sending again: elections, shutdowns, interrupted operations, timeouts of
 /// locks and of majority waits (driver specification "retryable reads", MongoDB `error_codes.yml` category RetriableError).
 const TRANSIENT: [i32; 24] = [
@@ -99,17 +111,18 @@ pub fn classify(error: &DriverError) -> Kind {
     if error.contains_label("TransientTransactionError") || error.contains_label("RetryableWriteError") {
         return Kind::Transient;
     }
-    let by_code = |code: i32| {
-        if TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) { Kind::Transient } else { Kind::Command(code) }
-    };
+    if let Some(code) = code_of(error) {
+        return if TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) {
+            Kind::Transient
+        } else {
+            Kind::Command(code)
+        };
+    }
     match &*error.kind {
         ErrorKind::Io(_)
         | ErrorKind::ConnectionPoolCleared { .. }
         | ErrorKind::ServerSelection { .. }
         | ErrorKind::DnsResolve { .. } => Kind::Transient,
-        ErrorKind::Command(command) => by_code(command.code),
-        ErrorKind::Write(mongodb::error::WriteFailure::WriteConcernError(error)) => by_code(error.code),
-        ErrorKind::Write(mongodb::error::WriteFailure::WriteError(error)) => by_code(error.code),
         _ => Kind::Other,
     }
 }
@@ -165,7 +178,8 @@ pub async fn run_majority(
     match reply.get_document("writeConcernError") {
         Ok(error) => {
             let detail = format!("not written by a majority: {error}");
-            Err(Failure { doing, kind: Kind::Transient, transaction_aborted: false, detail })
+            let server_code = error.get_i32("code").ok();
+            Err(Failure { doing, kind: Kind::Transient, transaction_aborted: false, server_code, detail })
         }
         Err(_) => Ok(reply),
     }

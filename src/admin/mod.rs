@@ -4,6 +4,7 @@
 //! restart it. Nothing it serves names a collection or a document.
 
 pub mod control;
+pub mod counted;
 pub mod health;
 pub mod metrics;
 mod observed;

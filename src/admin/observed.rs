@@ -4,53 +4,24 @@
 //! lags grow while nothing arrives. What is unknown is left out rather than shown as zero.
 
 use std::fmt;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI64, Ordering};
 
 use farshore_api::control::v1::{Position, StatusResponse, StreamStatus};
-use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::MetricType;
 
 const LINK_STATES: [&str; 3] = ["connected", "connecting", "refused"];
 
-type Source = Box<dyn Fn() -> StatusResponse + Send + Sync>;
-
-/// The collector; nothing is exported before it has a source.
-#[derive(Default)]
-pub(super) struct Observed {
-    source: OnceLock<Source>,
-    own_expiry_ms: AtomicI64,
-}
-
-impl Observed {
-    pub(super) fn set_source(&self, source: Source) {
-        if self.source.set(source).is_err() {
-            tracing::debug!("gauges already have a source");
-        }
-    }
-
-    pub(super) fn set_own_expiry(&self, at_ms: i64) {
-        self.own_expiry_ms.store(at_ms, Ordering::Relaxed);
-    }
-}
-
-impl fmt::Debug for Observed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Observed")
-    }
-}
-
-impl Collector for Observed {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let Some(source) = self.source.get() else { return Ok(()) };
-        let status = source();
-        let mut gauges = Gauges { encoder };
-        site(&mut gauges, &status)?;
-        streams(&mut gauges, &status.streams)?;
-        logs(&mut gauges, &status)?;
-        links(&mut gauges, &status, self.own_expiry_ms.load(Ordering::Relaxed))
-    }
+/// Writes all of them; `own_expiry_ms` is 0 while unknown.
+pub(super) fn encode(
+    encoder: DescriptorEncoder<'_>,
+    status: &StatusResponse,
+    own_expiry_ms: i64,
+) -> Result<(), fmt::Error> {
+    let mut gauges = Gauges { encoder };
+    site(&mut gauges, status)?;
+    streams(&mut gauges, &status.streams)?;
+    logs(&mut gauges, status)?;
+    links(&mut gauges, status, own_expiry_ms)
 }
 
 struct Gauges<'a> {
@@ -161,6 +132,9 @@ fn links(gauges: &mut Gauges<'_>, status: &StatusResponse, own_expiry_ms: i64) -
     gauges.family("farshore_link_state", "1 for the state the link is in", &states)?;
     let up: Vec<_> = links().map(|(peer, link)| ([("peer", peer)], is(&link.state, "connected"))).collect();
     gauges.family("farshore_peer_up", "1 while the link to the peer is connected", &up)?;
+    let rtt = links().filter(|(_, link)| link.rtt_us > 0);
+    let rtt: Vec<_> = rtt.map(|(peer, link)| ([("peer", peer)], link.rtt_us as f64 / 1e6)).collect();
+    gauges.family("farshore_peer_rtt_seconds", "Round trip of the newest ping through the session", &rtt)?;
     let own = ([("peer", status.site.as_str()), ("kind", "own")], own_expiry_ms);
     let expiries = links().map(|(peer, link)| ([("peer", peer), ("kind", "peer")], link.certificate_expires_ms));
     let expiries: Vec<_> =
@@ -171,10 +145,11 @@ fn links(gauges: &mut Gauges<'_>, status: &StatusResponse, own_expiry_ms: i64) -
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicI64, Ordering};
 
     use farshore_api::control::v1::{LinkStatus, LogStatus, MongoStatus, Problem, RefusedCollection};
 
-    use crate::admin::metrics::Metrics;
+    use crate::admin::metrics::{Metrics, Observation};
 
     use super::*;
 
@@ -200,6 +175,7 @@ mod tests {
         let link = LinkStatus {
             peer: "south".into(),
             state: "connecting".into(),
+            rtt_us: 2500,
             certificate_expires_ms: 5000,
             ..Default::default()
         };
@@ -222,7 +198,7 @@ mod tests {
     fn scrape(status: StatusResponse) -> String {
         let metrics = Metrics::new();
         metrics.own_certificate_expires(9000);
-        metrics.observe(move || status.clone());
+        metrics.observe(move || Observation { status: status.clone(), ..Observation::default() });
         metrics.encode()
     }
 
@@ -250,6 +226,7 @@ mod tests {
             "farshore_link_state{peer=\"south\",state=\"connecting\"} 1.0",
             "farshore_link_state{peer=\"south\",state=\"connected\"} 0.0",
             "farshore_peer_up{peer=\"south\"} 0.0",
+            "farshore_peer_rtt_seconds{peer=\"south\"} 0.0025",
             "farshore_peer_certificate_expiry_timestamp_seconds{peer=\"south\",kind=\"peer\"} 5.0",
             "farshore_peer_certificate_expiry_timestamp_seconds{peer=\"north\",kind=\"own\"} 9.0",
         ] {
@@ -287,7 +264,7 @@ mod tests {
         metrics.observe(move || {
             let mut status = status();
             status.streams[0].data_loss_exposure_ms = read.fetch_add(1000, Ordering::Relaxed);
-            status
+            Observation { status, ..Observation::default() }
         });
         assert!(metrics.encode().contains("exposure_seconds{stream=\"north/south\"} 1.0"));
         assert!(metrics.encode().contains("exposure_seconds{stream=\"north/south\"} 2.0"));

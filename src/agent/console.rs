@@ -50,11 +50,11 @@ fn at(position: Option<Position>) -> Option<pb::Position> {
 }
 
 impl AgentConsole {
-    fn site(&self) -> &SiteName {
+    pub(super) fn site(&self) -> &SiteName {
         &self.config.site.name
     }
 
-    fn originates(&self) -> bool {
+    pub(super) fn originates(&self) -> bool {
         self.config.group.primary == *self.site()
     }
 
@@ -117,9 +117,10 @@ impl AgentConsole {
                 .applied
                 .zip(received)
                 .map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
-            datum_age_ms: -1,
-            changes: capture.changes,
-            bytes: capture.bytes,
+            datum_age_ms: view.heard.map_or(-1, age_ms),
+            changes: capture.flow.changes(),
+            bytes: capture.flow.bytes,
+            ddl: capture.flow.ddl,
             corrupt_records: view.counters.corrupt_records,
             hash: state.map(|s| s.hash.to_string()).unwrap_or_default(),
             ..Default::default()
@@ -137,6 +138,8 @@ impl AgentConsole {
         let head = word.map(|(word, _)| word.head);
         let refused = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient());
         let (name, reason) = match (&apply.phase, refused) {
+            // Trying again does not make it better: it is shown until it is out of the way.
+            _ if let Some((message, hint)) = &apply.failure => ("failed", format!("{message} ({hint})")),
             (ApplyPhase::Failed { message, hint }, _) => ("failed", format!("{message} ({hint})")),
             (_, Some((rejection, _))) => ("refused", format!("{} ({})", rejection.message, rejection.hint)),
             (ApplyPhase::Retrying(reason), _) => ("waiting", reason.clone()),
@@ -178,11 +181,12 @@ impl AgentConsole {
             verified: None,
             data_loss_exposure_ms: exposure,
             apply_lag_ms: applied.zip(received).map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
-            datum_age_ms: age.map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX)),
-            changes: apply.changes,
-            bytes: apply.bytes,
+            datum_age_ms: word.map_or(-1, |(_, when)| age_ms(when)),
+            changes: apply.flow.changes(),
+            bytes: apply.flow.bytes,
             transactions: apply.source_transactions,
-            ddl: apply.ddl,
+            target_transactions: apply.transactions,
+            ddl: apply.flow.ddl,
             diverged,
             healed: apply.healed,
             corrupt_records: view.counters.corrupt_records + apply.corrupt,
@@ -223,7 +227,8 @@ impl AgentConsole {
         let mut found = Vec::new();
         let mongo = self.mongo.borrow().clone();
         if !mongo.reachable {
-            found.push(problem("error", "mongodb".into(), mongo.error, "look at the replica set of this site"));
+            let error = if mongo.error.is_empty() { "not reached yet".into() } else { mongo.error };
+            found.push(problem("error", "mongodb".into(), error, "look at the replica set of this site"));
         }
         if let Some(reason) = self.logs.failed() {
             found.push(problem("error", "data".into(), reason, "free or repair the disk, then restart the agent"));
@@ -241,13 +246,20 @@ impl AgentConsole {
                 let message = format!("{} is not replicated: {}", refused.namespace, refused.reason);
                 found.push(problem("error", subject.clone(), message, &refused.hint));
             }
-            if stream.diverged > stream.healed {
-                let message = format!("{} documents differ from the source", stream.diverged - stream.healed);
-                found.push(problem("warning", subject, message, "they are fetched again by themselves"));
-            }
+        }
+        if let Some((source, apply)) = &self.apply
+            && let healing @ 1.. = apply.borrow().healing
+        {
+            let subject = format!("stream {source}/{}", self.site());
+            let message = format!("{healing} documents differ from the source");
+            found.push(problem("warning", subject, message, "they are fetched again by themselves"));
         }
         found
     }
+}
+
+fn age_ms(since: Instant) -> i64 {
+    i64::try_from(Instant::now().saturating_duration_since(since).as_millis()).unwrap_or(i64::MAX)
 }
 
 /// How far `behind` is below `ahead`, in source time; -1 when unknown.

@@ -138,7 +138,7 @@ async fn name_of(target: &MongoTarget, db: &str, here: CollectionUuid) -> Result
 }
 
 async fn command(target: &MongoTarget, db: &str, command: Document, doing: &'static str) -> Result<(), TargetError> {
-    match mongo::run_majority(&target.client, db, command, doing).await {
+    match mongo::run_majority(&target.client, db, command, doing).await.map_err(|failure| target.counted(failure)) {
         Ok(_) => Ok(()),
         Err(failure) if failure.is_transient() => Err(failure.into()),
         Err(failure) => {
@@ -353,7 +353,7 @@ async fn create_now(
     let session = target.ddl_session().await?;
     let mut session = session.lock().await;
     let majority = WriteConcern::builder().w(Acknowledgment::Majority).journal(true).build();
-    session.start_transaction().write_concern(majority).await.map_err(Failure::of(doing))?;
+    session.start_transaction().write_concern(majority).await.map_err(target.failed(doing))?;
     let term = target.term().await.0 as i64;
     let q = doc! {"_id": target.stream.to_string(), "term": term};
     let fence =
@@ -366,7 +366,7 @@ async fn create_now(
     let steps = [(DB, fence), (DB, record), (change.ns.db, body)];
     for (index, (db, body)) in steps.into_iter().enumerate() {
         let reply = target.client.database(db).run_command(body).session(&mut *session).await;
-        let matched = match reply.map_err(Failure::of(doing)) {
+        let matched = match reply.map_err(target.failed(doing)) {
             Ok(reply) => reply.get_i32("n").unwrap_or(0),
             Err(failure) => {
                 drop(session.abort_transaction().await);
@@ -379,7 +379,7 @@ async fn create_now(
             return Err(TargetError::Moved("the stream's record changed".into()));
         }
     }
-    session.commit_transaction().await.map_err(Failure::of(doing))?;
+    session.commit_transaction().await.map_err(target.failed(doing))?;
     let found = find(target, change.ns.db, doc! {"name": change.ns.coll}).await?;
     let moved = || TargetError::Moved(format!("{} is gone right after it was created", change.ns));
     found.as_deref().and_then(mongo::uuid_of).ok_or_else(moved)

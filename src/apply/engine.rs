@@ -2,7 +2,8 @@
 //!
 //! Everything passing is retried here, a damaged inbox is cut back, and what a person must look at is said once.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -12,7 +13,7 @@ use super::heal::{FetchClient, RETRY_MAX, RETRY_MIN};
 use super::session::{End, Session};
 use super::status::{ApplyStatus, Phase};
 use super::target::{Target, TargetError};
-use crate::model::{SiteName, Term};
+use crate::model::{Position, SiteName, Term};
 use crate::outbox::{self, Disposition, Log};
 
 /// How apply works; see the configuration.
@@ -24,6 +25,8 @@ pub struct Options {
     pub memory: usize,
     /// The target equals the source where the stream begins.
     pub adopted: bool,
+    /// Wall clock of this site, milliseconds since the Unix epoch.
+    pub clock: fn() -> i64,
 }
 
 /// The apply task of one stream.
@@ -35,6 +38,8 @@ pub struct Engine<T, F> {
     pub(super) term: Term,
     pub(super) options: Options,
     pub(super) status: watch::Sender<ApplyStatus>,
+    /// Catalog changes that were counted and may be done again by the next session.
+    pub(super) counted_ddl: Mutex<BTreeSet<Position>>,
 }
 
 /// How long a failure a person must look at rests before it is tried again.
@@ -62,7 +67,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         options: Options,
     ) -> (Self, watch::Receiver<ApplyStatus>) {
         let (status, seen) = watch::channel(ApplyStatus::default());
-        (Self { target, fetch, source, inbox, term, options, status }, seen)
+        (Self { target, fetch, source, inbox, term, options, status, counted_ddl: Mutex::default() }, seen)
     }
 
     /// Runs until cancelled.
@@ -74,6 +79,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         loop {
             let before = self.status.borrow().transactions;
             let end = self.session(&cancel).await;
+            self.status.send_modify(|status| status.errors = self.target.errors());
             if self.status.borrow().transactions > before {
                 delay = RETRY_MIN;
             }
@@ -85,10 +91,12 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
                 }
                 End::Target(TargetError::Deposed(term)) => return Err(Error::Deposed(term)),
                 End::Target(TargetError::Fatal { message, hint }) => {
+                    self.status.send_modify(|status| status.retries += 1);
                     self.enter(Phase::Failed { message, hint });
                     FAILED_RETRY
                 }
                 End::Target(error) => {
+                    self.status.send_modify(|status| status.retries += 1);
                     self.enter(Phase::Retrying(error.to_string()));
                     delay
                 }
@@ -139,9 +147,9 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
                 tracing::warn!(source = %self.source, reason, "apply interrupted, retrying");
             }
             // Tried again every few seconds, said once.
-            Phase::Failed { message, hint } if said.as_ref() != Some(message) => {
+            Phase::Failed { message, hint } if said.as_ref().map(|(said, _)| said) != Some(message) => {
                 tracing::error!(source = %self.source, reason = message, hint, "apply stopped");
-                self.status.send_modify(|status| status.failure = Some(message.clone()));
+                self.status.send_modify(|status| status.failure = Some((message.clone(), hint)));
             }
             Phase::Waiting | Phase::Running | Phase::Retrying(_) | Phase::Failed { .. } => {}
         }

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use farshore_api::replication::v1::{Fetch, Fetched};
+use tokio::sync::watch;
 
 use super::catalog::{Entries, Presence};
 use super::lanes::{Floor, Item, Job, LaneStep};
 use super::plan::{Floors, Resolved};
+use super::status::ApplyStatus;
 use super::target::{CommitError, Divergence, Suspect, Target, TargetError, Transaction};
 use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
 
@@ -30,15 +32,6 @@ const FETCH_KEYS: usize = 100;
 /// A job that keeps diverging without anything left to fetch is beyond healing by documents.
 const HEAL_ROUNDS: u32 = 20;
 
-/// What applying a job brought about besides the changes.
-#[derive(Default)]
-pub(super) struct Applied {
-    pub(super) floors: Vec<(LaneId, Floor)>,
-    pub(super) diverged: Vec<&'static str>,
-    pub(super) healed: u64,
-    pub(super) retries: u64,
-}
-
 /// Applies one job, fetching what diverged.
 pub(super) struct Apply<T, F> {
     pub(super) target: Arc<T>,
@@ -46,16 +39,18 @@ pub(super) struct Apply<T, F> {
     pub(super) source: SiteName,
     pub(super) entries: Arc<Entries>,
     pub(super) floors: Arc<Floors>,
+    pub(super) status: watch::Sender<ApplyStatus>,
 }
 
 impl<T: Target, F: FetchClient> Apply<T, F> {
-    pub(super) async fn run(&self, worker: usize, job: &Job) -> Result<Applied, TargetError> {
-        let mut applied = Applied::default();
+    /// Returns when the job is committed, with the floors stored in its lanes.
+    pub(super) async fn run(&self, worker: usize, job: &Job) -> Result<Vec<(LaneId, Floor)>, TargetError> {
+        let (mut floors, mut diverged) = (Vec::new(), 0);
         let mut resolved: Vec<Resolved> = Vec::new();
         let mut delay = RETRY_MIN;
         let mut rounds = 0;
         loop {
-            let lanes = self.with_floors(&job.lanes, &resolved, &mut applied.floors);
+            let lanes = self.with_floors(&job.lanes, &resolved, &mut floors);
             let transaction = Transaction {
                 lanes: &lanes,
                 items: &job.items,
@@ -65,19 +60,24 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             };
             match self.target.commit(worker, transaction).await {
                 Ok(()) => {
-                    applied.healed = resolved.len() as u64;
-                    return Ok(applied);
+                    if diverged > 0 {
+                        self.status.send_modify(|status| {
+                            status.healed += diverged;
+                            status.healing = status.healing.saturating_sub(diverged);
+                        });
+                    }
+                    return Ok(floors);
                 }
                 Err(CommitError::Target(TargetError::Transient(reason))) => {
                     tracing::debug!(reason, "transaction tried again");
-                    applied.retries += 1;
+                    self.status.send_modify(|status| status.retries += 1);
                     tokio::time::sleep(delay).await;
                     delay = (delay * 2).min(RETRY_MAX);
                 }
                 Err(CommitError::Target(error)) => return Err(error),
                 Err(CommitError::Diverged(divergence)) => {
                     rounds += 1;
-                    let found = self.heal(job, &divergence, &mut resolved, &mut applied).await?;
+                    let found = self.heal(job, &divergence, &mut resolved, &mut diverged).await?;
                     if found == 0 && rounds >= HEAL_ROUNDS {
                         return Err(TargetError::Fatal {
                             message: format!("changes at {} keep failing: {divergence}", job.items[0].position),
@@ -103,7 +103,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         job: &Job,
         divergence: &Divergence,
         resolved: &mut Vec<Resolved>,
-        applied: &mut Applied,
+        diverged: &mut u64,
     ) -> Result<usize, TargetError> {
         let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
         let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
@@ -122,14 +122,17 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         let mut count = 0;
         for (collection, suspects) in wanted {
             for suspect in &suspects {
-                let key = key_text(&suspect.key);
-                // Fetching is the ordinary way for what an event cannot say; everything else should not happen.
-                if matches!(suspect.kind, "path" | "large") {
-                    tracing::debug!(%collection, key, kind = suspect.kind, "document fetched again");
+                let (key, cause) = (key_text(&suspect.key), suspect.cause);
+                if !cause.is_divergence() {
+                    tracing::debug!(%collection, key, kind = cause.as_str(), "document fetched again");
                     continue;
                 }
-                tracing::warn!(%collection, key, kind = suspect.kind, "document differs from the source; fetched again");
-                applied.diverged.push(suspect.kind);
+                tracing::warn!(%collection, key, kind = cause.as_str(), "document differs from the source; fetched again");
+                *diverged += 1;
+                self.status.send_modify(|status| {
+                    *status.diverged.entry(cause).or_default() += 1;
+                    status.healing += 1;
+                });
             }
             count += suspects.len();
             resolved.extend(self.fetch_all(collection, suspects).await?);

@@ -5,7 +5,7 @@
 //! with a failed primary.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use bson::raw::{RawDocument, RawDocumentBuf};
 use bson::{Document, doc};
@@ -20,7 +20,7 @@ use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{self, Patch, PlanError, Step};
 use super::store;
 use super::target::{
-    Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
+    Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
 };
 use crate::model::raw::{self, Writer};
 use crate::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, StreamId, Term, hash};
@@ -68,12 +68,36 @@ pub struct MongoTarget {
     pub(super) client: Client,
     pub(super) stream: StreamId,
     held: tokio::sync::RwLock<Held>,
+    errors: std::sync::Mutex<BTreeMap<i32, u64>>,
 }
 
 impl MongoTarget {
     /// The target of `stream` behind `client`.
     pub fn new(client: Client, stream: StreamId) -> Self {
-        Self { client, stream, held: tokio::sync::RwLock::default() }
+        Self { client, stream, held: tokio::sync::RwLock::default(), errors: std::sync::Mutex::default() }
+    }
+
+    fn count_error(&self, code: i32) {
+        *self.errors.lock().unwrap_or_else(PoisonError::into_inner).entry(code).or_default() += 1;
+    }
+
+    /// [`Failure::of`] that is counted.
+    pub(super) fn failed(&self, doing: &'static str) -> impl FnOnce(mongodb::error::Error) -> Failure {
+        move |error| self.counted(Failure::of(doing)(error))
+    }
+
+    pub(super) fn counted(&self, failure: Failure) -> Failure {
+        if let Some(code) = failure.server_code {
+            self.count_error(code);
+        }
+        failure
+    }
+
+    /// The first write error of a reply, counted.
+    fn write_error(&self, reply: &Document) -> Option<WriteError> {
+        let error = first_write_error(reply)?;
+        self.count_error(error.code);
+        Some(error)
     }
 
     fn lane_id(&self, lane: LaneId) -> String {
@@ -109,8 +133,8 @@ impl MongoTarget {
         doing: &'static str,
     ) -> Result<i32, TargetError> {
         let command = doc! {"update": collection, "updates": statements, "ordered": true};
-        let reply = mongo::run_majority(&self.client, DB, command, doing).await?;
-        if let Some(error) = first_write_error(&reply) {
+        let reply = mongo::run_majority(&self.client, DB, command, doing).await.map_err(|f| self.counted(f))?;
+        if let Some(error) = self.write_error(&reply) {
             return match error.code {
                 code::DUPLICATE_KEY => Ok(0),
                 other => {
@@ -222,7 +246,7 @@ impl MongoTarget {
         steps: Vec<Step>,
     ) -> Result<(), CommitError> {
         let reply = self.run(session, DB, self.lanes_command(term, transaction.lanes), "move the lanes").await?;
-        if let Some(error) = first_write_error(&reply) {
+        if let Some(error) = self.write_error(&reply) {
             return Err(error.into_target("move the lanes").into());
         }
         if reply.get_i32("n").unwrap_or(0) as usize != transaction.lanes.len() {
@@ -248,7 +272,7 @@ impl MongoTarget {
         command: RawDocumentBuf,
         doing: &'static str,
     ) -> Result<Document, TargetError> {
-        Ok(mongo::run(&self.client, db, command, Some(session), doing).await?)
+        Ok(mongo::run(&self.client, db, command, Some(session), doing).await.map_err(|f| self.counted(f))?)
     }
 
     async fn run_step(
@@ -260,7 +284,7 @@ impl MongoTarget {
         expected: Option<usize>,
     ) -> Result<(), CommitError> {
         let reply = self.run(session, db, body, "apply changes").await?;
-        if let Some(error) = first_write_error(&reply) {
+        if let Some(error) = self.write_error(&reply) {
             return Err(error.into_commit(collection));
         }
         let matched = reply.get_i32("n").unwrap_or(0) as usize;
@@ -528,10 +552,10 @@ impl Target for MongoTarget {
             .start_transaction()
             .write_concern(w1)
             .await
-            .map_err(Failure::of("start a transaction"))
+            .map_err(self.failed("start a transaction"))
             .map_err(TargetError::from)?;
         match self.run_transaction(&mut session, held.term, transaction, steps).await {
-            Ok(()) => match session.commit_transaction().await.map_err(Failure::of("commit a transaction")) {
+            Ok(()) => match session.commit_transaction().await.map_err(self.failed("commit a transaction")) {
                 Ok(()) => Ok(()),
                 Err(failure) if failure.transaction_aborted => Err(TargetError::Transient(failure.to_string()).into()),
                 // Committed or not: only the stored lanes can tell.
@@ -556,19 +580,24 @@ impl Target for MongoTarget {
             Divergence::Unique { collection, fields } => {
                 let Some(entry) = entries.get(collection) else { return Ok(suspects) };
                 for (identity, key) in self.holders(entry, fields).await? {
-                    suspects.push(Suspect { collection: *collection, identity, key, kind: "unique" });
+                    suspects.push(Suspect { collection: *collection, identity, key, cause: Cause::Unique });
                 }
             }
-            Divergence::Document { collection, identity } => {
-                let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-                if let Some(key) = items.iter().find(same).and_then(key_of) {
-                    suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "path" });
-                }
-            }
-            Divergence::Somewhere => {}
+            Divergence::Document { .. } | Divergence::Somewhere => {}
         }
         suspects.extend(self.unmatched(items, entries).await?);
+        // Last, for a document that is missing counts as that.
+        if let Divergence::Document { collection, identity } = divergence {
+            let same = |item: &&Item| item.collection == *collection && item.key == *identity;
+            if let Some(key) = items.iter().find(same).and_then(key_of) {
+                suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: Cause::Path });
+            }
+        }
         Ok(suspects)
+    }
+
+    fn errors(&self) -> BTreeMap<i32, u64> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn confirm(&self, floor: Option<(Position, StreamHash)>) -> Result<(Vec<Position>, Election), TargetError> {
@@ -642,10 +671,10 @@ impl MongoTarget {
             };
             let id = (item.collection, item.key);
             let exists = there.contains(&id);
-            let kind = match change.op {
-                Op::Insert if exists => Some("insert"),
-                Op::Update | Op::Replace if !exists => Some("update"),
-                Op::Delete if !exists => Some("delete"),
+            let cause = match change.op {
+                Op::Insert if exists => Some(Cause::Exists),
+                Op::Update | Op::Replace if !exists => Some(Cause::Missing),
+                Op::Delete if !exists => Some(Cause::Missing),
                 _ => None,
             };
             if change.op == Op::Delete {
@@ -653,9 +682,9 @@ impl MongoTarget {
             } else {
                 there.insert(id)
             };
-            let kind = if change.trimmed { Some("large") } else { kind };
-            if let (Some(kind), Some(key)) = (kind, change.document_key) {
-                let suspect = Suspect { collection: item.collection, identity: item.key, key: key.to_owned(), kind };
+            let cause = if change.trimmed { Some(Cause::Large) } else { cause };
+            if let (Some(cause), Some(key)) = (cause, change.document_key) {
+                let suspect = Suspect { collection: item.collection, identity: item.key, key: key.to_owned(), cause };
                 suspects.entry(id).or_insert(suspect);
             }
         }

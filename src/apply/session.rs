@@ -12,12 +12,12 @@ use tokio::time::Instant;
 
 use super::catalog::{Catalog, Entry, Presence};
 use super::engine::Engine;
-use super::heal::{Applied, Apply, FetchClient, RETRY_MAX, RETRY_MIN};
-use super::lanes::{DdlId, Job, Lanes, Limits};
+use super::heal::{Apply, FetchClient, RETRY_MAX, RETRY_MIN};
+use super::lanes::{DdlId, Floor, Job, Lanes, Limits};
 use super::plan::Floors;
 use super::route::{Router, Unit};
 use super::target::{DdlStep, Election, StreamRecord, Target, TargetError};
-use crate::model::{CollectionUuid, Incarnation, LaneId, Position, StreamHash};
+use crate::model::{CollectionUuid, Flow, Incarnation, LaneId, Op, Position, StreamHash, raw};
 use crate::outbox::{self, Reader, Stored};
 
 /// Changes in one transaction, at most.
@@ -51,12 +51,21 @@ impl From<outbox::Error> for End {
 
 /// What a task beside the engine reports.
 enum Report {
-    Applied { worker: usize, job: Job, result: Result<Applied, TargetError> },
-    Ddl { id: DdlId, result: Result<Vec<(CollectionUuid, Entry)>, TargetError> },
+    Applied { worker: usize, job: Job, result: Result<Vec<(LaneId, Floor)>, TargetError> },
+    Ddl { id: DdlId, step: DdlStep, result: Result<Vec<(CollectionUuid, Entry)>, TargetError> },
     Confirmed { floor: Position, positions: Vec<Position>, persisted: Option<Position>, result: Confirmation },
 }
 
 type Confirmation = Result<(Vec<Position>, Election), TargetError>;
+
+/// The end of a batch.
+struct Border {
+    end: Position,
+    /// Stream hash there.
+    hash: StreamHash,
+    /// When the batch's newest change was written at the source, milliseconds since the Unix epoch; marks do not count.
+    written: Option<i64>,
+}
 
 /// See the module text.
 pub(super) struct Session<'e, T, F> {
@@ -69,8 +78,8 @@ pub(super) struct Session<'e, T, F> {
     floors: Arc<Floors>,
     tasks: JoinSet<Report>,
     idle: Vec<usize>,
-    /// Ends of batches read, with the stream hash there.
-    borders: VecDeque<(Position, StreamHash)>,
+    /// Ends of batches read.
+    borders: VecDeque<Border>,
     election: Election,
     incarnation: Incarnation,
     confirmed: Position,
@@ -129,6 +138,8 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             confirming: false,
             confirm_at: Instant::now(),
         };
+        // What was being healed is found again.
+        engine.status.send_modify(|status| status.healing = 0);
         session.publish();
         Ok(session)
     }
@@ -165,6 +176,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         let skip = stored.skip_through.max(self.lanes.read());
         let mut units = Vec::new();
         let routed = self.router.feed(&changes, skip, &self.catalog.entries(), &mut units);
+        let written = written(&units);
         for unit in units {
             match unit {
                 Unit::Change(item) => self.lanes.push(item),
@@ -177,7 +189,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         }
         routed.map_err(|e| fatal(e.to_string(), "the change is kept in the inbox; upgrade this agent"))?;
         self.lanes.read_through(self.router.complete(header.end));
-        self.borders.push_back((header.end, header.hash));
+        self.borders.push_back(Border { end: header.end, hash: header.hash, written });
         Ok(())
     }
 
@@ -195,6 +207,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                 source: self.engine.source.clone(),
                 entries: self.catalog.entries(),
                 floors: Arc::clone(&self.floors),
+                status: self.engine.status.clone(),
             };
             self.tasks.spawn(async move {
                 let result = apply.run(worker, &job).await;
@@ -223,7 +236,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                     delay = (delay * 2).min(RETRY_MAX);
                     result = attempt().await;
                 }
-                Report::Ddl { id, result }
+                Report::Ddl { id, step, result }
             });
         }
     }
@@ -246,11 +259,11 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
     fn report(&mut self, report: Report) -> Result<(), End> {
         match report {
             Report::Applied { worker, job, result } => {
-                let applied = result?;
+                let floors = result?;
                 self.idle.push(worker);
-                self.applied(&job, applied);
+                self.applied(&job, floors);
             }
-            Report::Ddl { id, result } => {
+            Report::Ddl { id, step, result } => {
                 for (uuid, entry) in result? {
                     self.lanes.set_collection(uuid, entry.one_lane, entry.ddl_through);
                     if let Presence::Refused(reason) = &entry.presence {
@@ -259,7 +272,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                     self.catalog.put(uuid, entry);
                 }
                 self.lanes.ddl_done(id);
-                self.engine.status.send_modify(|status| status.ddl += 1);
+                self.count_ddl(&step);
                 self.publish();
             }
             Report::Confirmed { floor, positions, persisted, result } => {
@@ -272,26 +285,35 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         Ok(())
     }
 
-    fn applied(&mut self, job: &Job, applied: Applied) {
-        let refloor = !applied.floors.is_empty() || !self.floors.is_empty();
-        self.lanes.done(job.id, applied.floors);
+    /// A step that is done again after a new beginning is counted once.
+    fn count_ddl(&self, step: &DdlStep) {
+        let DdlStep::Event { position, event } = step else { return };
+        let mut counted = self.engine.counted_ddl.lock().expect("no holder panics");
+        if counted.insert(*position) {
+            self.engine.status.send_modify(|status| status.flow.count(Op::Create, event.len()));
+        }
+    }
+
+    fn applied(&mut self, job: &Job, floors: Vec<(LaneId, Floor)>) {
+        let refloor = !floors.is_empty() || !self.floors.is_empty();
+        self.lanes.done(job.id, floors);
         if refloor {
             self.floors = Arc::new(floors_of(&self.lanes));
         }
         let entries = self.catalog.entries();
         let present = |c: &CollectionUuid| entries.get(c).is_some_and(|e| matches!(e.presence, Presence::Present(_)));
-        let left_out = job.items.iter().filter(|item| !present(&item.collection)).count() as u64;
+        let (mut flow, mut left_out) = (Flow::default(), 0);
+        for item in &job.items {
+            match bson::RawDocument::from_bytes(&item.bytes) {
+                Ok(event) if present(&item.collection) => flow.count(Op::of(event), item.bytes.len()),
+                _ => left_out += 1,
+            }
+        }
         self.engine.status.send_modify(|status| {
             status.transactions += 1;
             status.source_transactions += u64::from(job.meeting);
-            status.changes += job.items.len() as u64 - left_out;
+            status.flow.add(&flow);
             status.left_out += left_out;
-            status.bytes += job.items.iter().map(|item| item.bytes.len() as u64).sum::<u64>();
-            status.healed += applied.healed;
-            status.retries += applied.retries;
-            for kind in applied.diverged {
-                *status.diverged.entry(kind).or_default() += 1;
-            }
         });
     }
 
@@ -299,17 +321,22 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         if let Some(position) = persisted {
             self.persisted = position;
             self.engine.inbox.release(self.incarnation, position);
+            self.engine.counted_ddl.lock().expect("no holder panics").retain(|at| *at > position);
         }
         self.confirmed = self.confirmed.max(floor);
-        while let Some((position, hash)) = self.borders.front().copied() {
-            if position > self.confirmed {
-                break;
+        let (now, before) = ((self.engine.options.clock)(), self.engine.status.borrow().applied);
+        let mut took: Vec<Duration> = Vec::new();
+        while let Some(Border { end, hash, written }) = self.borders.pop_front_if(|border| border.end <= self.confirmed)
+        {
+            if end > self.persisted {
+                self.to_persist = Some((end, hash));
             }
-            self.borders.pop_front();
-            if position > self.persisted {
-                self.to_persist = Some((position, hash));
+            // What an earlier session of this process confirmed is not measured again.
+            if let Some(written) = written.filter(|_| before < Some(end)) {
+                took.push(Duration::from_millis(u64::try_from(now - written).unwrap_or(0)));
             }
         }
+        self.engine.status.send_modify(|status| took.into_iter().for_each(|took| status.commit_to_apply.record(took)));
         self.publish();
     }
 
@@ -328,6 +355,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             }
             // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
             status.applied = status.applied.max(Some(position));
+            status.errors = self.engine.target.errors();
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
             status.refused = refused;
@@ -350,6 +378,17 @@ async fn begin<T: Target, F: FetchClient>(engine: &Engine<T, F>) -> Result<Strea
         StreamRecord { incarnation: state.incarnation, floor: state.first, hash, adopted: engine.options.adopted };
     engine.target.begin(&record, engine.term).await?;
     Ok(record)
+}
+
+/// When the newest of these changes was written at the source.
+fn written(units: &[Unit]) -> Option<i64> {
+    let newest = match units.last()? {
+        Unit::Change(item) => &item.bytes,
+        Unit::Together { items, .. } => &items.last()?.bytes,
+        Unit::Ddl { step: DdlStep::Event { event, .. }, .. } => event,
+        Unit::Ddl { step: DdlStep::Adopt { .. }, .. } => return None,
+    };
+    raw::get(bson::RawDocument::from_bytes(newest).ok()?, "wallTime")?.datetime()
 }
 
 fn floors_of(lanes: &Lanes) -> Floors {

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::{ClusterTime, Position, StreamHash};
+use super::target::Cause;
+use crate::model::{ClusterTime, Durations, Flow, Position, StreamHash};
 
 /// What apply is doing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,24 +26,28 @@ pub struct ApplyStatus {
     pub phase: Phase,
     /// Everything up to here is applied and majority-committed.
     pub applied: Option<Position>,
-    /// Changes applied since the process started.
-    pub changes: u64,
-    /// Their bytes.
-    pub bytes: u64,
+    /// Changes committed since the process started, catalog changes included. Around a new primary of the target a
+    /// change may be counted twice (its commit was rolled back) or not at all (its commit went unanswered).
+    pub flow: Flow,
     /// Transactions committed at the target.
     pub transactions: u64,
-    /// Source transactions among them.
+    /// Units of several changes among them, which became visible as one: source transactions, or parts of large ones.
     pub source_transactions: u64,
-    /// DDL steps done.
-    pub ddl: u64,
-    /// Documents found different, by kind.
-    pub diverged: BTreeMap<&'static str, u64>,
-    /// Documents fetched again.
+    /// Documents found different, by cause.
+    pub diverged: BTreeMap<Cause, u64>,
+    /// Those of them that were fetched again and committed.
     pub healed: u64,
-    /// Transactions tried again.
+    /// Those that are being fetched now.
+    pub healing: u64,
+    /// Transactions tried again, and sessions begun again.
     pub retries: u64,
-    /// What a person must look at, until it is out of the way.
-    pub failure: Option<String>,
+    /// Errors of the target's database, by its code.
+    pub errors: BTreeMap<i32, u64>,
+    /// From the newest change of a batch being written at the source (its `wallTime`) to the batch being confirmed
+    /// here, by this site's clock; once for every batch that holds changes.
+    pub commit_to_apply: Durations,
+    /// What a person must look at and its hint, until it is out of the way.
+    pub failure: Option<(String, &'static str)>,
     /// Stored records that failed their crc.
     pub corrupt: u64,
     /// All lanes stand at one position and no unit is partly applied.

@@ -1,5 +1,6 @@
 //! What apply needs of the target's database. The real one is [`super::mongo::MongoTarget`]; simulations use a double.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use bson::raw::RawDocumentBuf;
@@ -59,6 +60,42 @@ impl std::fmt::Display for Divergence {
     }
 }
 
+/// Why a document must be fetched again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// An update, replacement or delete matched nothing.
+    Missing,
+    /// An insert found its `_id` taken.
+    Exists,
+    /// It holds a unique value that another document needs.
+    Unique,
+    /// Its update does not say enough to be applied to it.
+    Path,
+    /// Its change was captured without documents, for it was too large.
+    Large,
+}
+
+impl Cause {
+    /// Those that tell of a difference between the sites.
+    pub const DIVERGENCES: [Self; 3] = [Self::Missing, Self::Exists, Self::Unique];
+
+    /// Whether the sites differed. Otherwise fetching is the ordinary way for what an event cannot say.
+    pub fn is_divergence(self) -> bool {
+        Self::DIVERGENCES.contains(&self)
+    }
+
+    /// Its name in the log and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Exists => "exists",
+            Self::Unique => "unique",
+            Self::Path => "path",
+            Self::Large => "large",
+        }
+    }
+}
+
 /// A document that must be fetched again.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Suspect {
@@ -68,8 +105,8 @@ pub struct Suspect {
     pub identity: u128,
     /// `{_id: ...}`.
     pub key: RawDocumentBuf,
-    /// Why, for metrics and the log.
-    pub kind: &'static str,
+    /// Why.
+    pub cause: Cause,
 }
 
 /// What is stored of a stream at its target.
@@ -155,6 +192,11 @@ pub trait Target: Send + Sync + 'static {
         &self,
         floor: Option<(Position, StreamHash)>,
     ) -> impl Future<Output = Result<(Vec<Position>, Election), TargetError>> + Send;
+
+    /// Errors of the database since the process began, by its code.
+    fn errors(&self) -> BTreeMap<i32, u64> {
+        BTreeMap::new()
+    }
 
     /// Does one DDL step; done already counts as done. Returns the catalog entries that changed.
     fn ddl(

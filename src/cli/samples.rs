@@ -43,6 +43,7 @@ pub(super) fn healthy() -> StatusResponse {
         changes: 41_200,
         bytes: 12 << 20,
         transactions: 17,
+        target_transactions: 412,
         ddl: 3,
         at_cut: true,
         hash: "00c0ffee00c0ffee".into(),
@@ -119,6 +120,19 @@ pub(super) fn troubled() -> StatusResponse {
         subject: "mongodb".into(),
         message: "no primary for 12 s".into(),
         hint: "look at rs.status() of rs0".into(),
+    });
+    let subject = "stream north/south".to_owned();
+    status.problems.push(Problem {
+        severity: "error".into(),
+        subject: subject.clone(),
+        message: status.streams[0].reason.clone(),
+        hint: String::new(),
+    });
+    status.problems.push(Problem {
+        severity: "error".into(),
+        subject,
+        message: "shop.log is not replicated: it is capped".into(),
+        hint: "convert it to a normal collection".into(),
     });
     status.problems.push(Problem {
         severity: "warning".into(),

@@ -44,10 +44,9 @@ pub(super) async fn run(args: &StatusArgs, style: Style) -> Result<Exit, Failure
 /// The exit code a status stands for.
 pub fn verdict(status: &StatusResponse, fail_on_warn: bool) -> Exit {
     let broken = |stream: &StreamStatus| matches!(stream.state.as_str(), "failed" | "refused");
-    let refused = status.streams.iter().any(|stream| !stream.refused.is_empty());
     if status.streams.iter().any(broken) || status.problems.iter().any(|p| p.severity == "error") {
         Exit::NotReady
-    } else if fail_on_warn && (refused || !status.problems.is_empty()) {
+    } else if fail_on_warn && !status.problems.is_empty() {
         Exit::Warnings
     } else {
         Exit::Ok
@@ -118,7 +117,18 @@ pub(super) fn state(state: &str) -> Cell {
 fn streams(status: &StatusResponse, style: Style, wide: bool) -> String {
     let mut header = vec!["STREAM", "STATE", "EXPOSURE", "CAPTURE", "SHIP", "APPLY", "APPLIED", "HEARD", "DIVERGED"];
     if wide {
-        header.extend(["CHANGES", "TXNS", "DDL", "CORRUPT", "CUT", "RECEIVED AT", "APPLIED AT", "HASH", "INCARNATION"]);
+        header.extend([
+            "CHANGES",
+            "TXNS",
+            "TARGET TXNS",
+            "DDL",
+            "CORRUPT",
+            "CUT",
+            "RECEIVED AT",
+            "APPLIED AT",
+            "HASH",
+            "INCARNATION",
+        ]);
     }
     let row = |s: &StreamStatus| {
         let heard =
@@ -141,7 +151,8 @@ fn streams(status: &StatusResponse, style: Style, wide: bool) -> String {
         ];
         if wide {
             let cut = if s.at_cut { "yes" } else { "no" };
-            row.extend([s.changes, s.transactions, s.ddl, s.corrupt_records].map(|n| Cell::from(n.to_string())));
+            let numbers = [s.changes, s.transactions, s.target_transactions, s.ddl, s.corrupt_records];
+            row.extend(numbers.map(|n| Cell::from(n.to_string())));
             row.extend([cut.into(), words::position(s.received).into(), words::position(s.applied).into()]);
             row.extend([Cell::from(&s.hash), Cell::from(&s.incarnation)]);
         }
@@ -204,7 +215,8 @@ pub(super) fn logs(outbox: Option<&LogStatus>, inbox: Option<&LogStatus>, now_ms
     table(style, &["LOG", "SIZE", "LIMIT", "BATCHES", "ENCRYPTED", "FROM", "TO", "ACCEPTS"], rows)
 }
 
-/// What a person must know: problems of the agent, reasons of streams and links, collections that are left out.
+/// What a person must know: problems as the agent names them, among them failed and refused streams and collections that
+/// are left out; then what streams and links wait for.
 fn problems(status: &StatusResponse, style: Style) -> String {
     let mut text = String::new();
     let mut say = |tone: Tone, subject: &str, message: &str, hint: &str| {
@@ -220,21 +232,12 @@ fn problems(status: &StatusResponse, style: Style) -> String {
     }
     for stream in &status.streams {
         let name = format!("{}/{}", stream.source, stream.target);
-        if !stream.reason.is_empty() {
-            let tone = if matches!(stream.state.as_str(), "failed" | "refused") { Tone::Bad } else { Tone::Doubt };
-            say(tone, &name, &stream.reason, "");
+        if !stream.reason.is_empty() && !matches!(stream.state.as_str(), "failed" | "refused") {
+            say(Tone::Doubt, &name, &stream.reason, "");
         }
         if stream.consistent_from.is_some() {
             let from = words::position(stream.consistent_from);
             say(Tone::Doubt, &name, &format!("documents are being fetched again; consistent from {from} on"), "");
-        }
-        for refused in &stream.refused {
-            say(
-                Tone::Doubt,
-                &format!("{name} {}", refused.namespace),
-                &format!("not replicated: {}", refused.reason),
-                &refused.hint,
-            );
         }
     }
     for link in status.links.iter().filter(|link| !link.error.is_empty()) {
@@ -307,7 +310,7 @@ mod tests {
     #[test]
     fn names_cannot_drive_the_terminal() {
         let mut status = samples::troubled();
-        status.streams[0].refused[0].namespace = "a\u{1b}[2J".into();
+        status.problems[0].subject = "a\u{1b}[2J".into();
         assert!(!render(&status, Style::default(), true).contains('\u{1b}'));
     }
 }

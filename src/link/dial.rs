@@ -102,7 +102,10 @@ pub(super) async fn keep(shared: Arc<Shared>, site: SiteName, seed: u64) {
                 drop(client);
                 summary
             }
-            Some(Err(ended)) => Summary { ended, established: false, progressed: false },
+            Some(Err(ended)) => {
+                shared.count_end(entry, &ended);
+                Summary { ended, established: false, progressed: false }
+            }
         };
         if !summary.established {
             turn += 1;

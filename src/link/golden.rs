@@ -105,6 +105,8 @@ fn frames_keep_their_bytes() {
                 term: 4,
             }),
         ),
+        ("ping", Body::Ping(pb::Ping { at_us: 1_500_000 })),
+        ("pong", Body::Pong(pb::Pong { at_us: 1_500_000 })),
     ];
     let found: String = frames.into_iter().map(|(name, body)| format!("{name} {}\n", hex(body))).collect();
     assert_eq!(found, include_str!("golden.txt"));

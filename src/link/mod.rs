@@ -46,4 +46,4 @@ pub use hub::{
 pub use status::{Counters, LinkState, PeerStatus, StreamView};
 pub use tls::{TlsTransport, follow_files};
 pub use transport::{Connection, Listener, Peer, Transport};
-pub use wire::{Receiving, Rejection, Standing};
+pub use wire::{REASONS, Receiving, Rejection, Standing};

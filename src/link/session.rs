@@ -83,12 +83,12 @@ pub(super) struct Summary {
 /// Runs a session to its end.
 pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
     let cancel = shared.cancel.child_token();
+    let entry = entry(shared, &wire.site);
     let greeted = cancel.run_until_cancelled(greet(shared, &mut wire)).await.unwrap_or(Err(Ended::Cancelled));
     let mut summary = Summary { ended: Ended::Duplicate, established: false, progressed: false };
     match greeted {
         Err(ended) => summary.ended = ended,
         Ok(greeted) => {
-            let entry = entry(shared, &wire.site);
             let dialler = if wire.dialled { &shared.config.site } else { &wire.site };
             let claim = Claim { dialler: dialler.clone(), agent: greeted.theirs.agent, term: greeted.theirs.term };
             if let Some(_place) = entry.slot.admit(claim, cancel.clone()).await {
@@ -98,6 +98,7 @@ pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
             }
         }
     }
+    shared.count_end(entry, &summary.ended);
     if let Ended::Refused(rejection) = &summary.ended {
         let frame = frame(Body::Reject(rejection.into()));
         drop(timeout(CLOSING, wire.out.send(frame)).await);
@@ -108,6 +109,11 @@ pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
 
 fn entry<'a>(shared: &'a Shared, site: &SiteName) -> &'a PeerEntry {
     shared.peers.get(site).expect("sessions are with peers only")
+}
+
+/// Microseconds, as pings carry them.
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Lets frames in hand leave: a dialler that drops the stream of the peer's frames would reset the session.
@@ -141,6 +147,10 @@ struct Session<'a> {
     ack: Due,
     progress: Due,
     tick: Interval,
+    began: Instant,
+    ping: Due,
+    /// A ping of the peer that is not answered yet.
+    pong: Option<pb::Pong>,
     heard: Instant,
     progressed: bool,
 }
@@ -178,6 +188,9 @@ impl<'a> Session<'a> {
             ack: Due { now: true, said: now },
             progress: Due { now: true, said: now },
             tick,
+            began: now,
+            ping: Due { now: true, said: now },
+            pong: None,
             heard: now,
             progressed: false,
         }
@@ -278,6 +291,7 @@ impl<'a> Session<'a> {
         let now = Instant::now();
         self.ack.now |= now.duration_since(self.ack.said) >= REPEAT;
         self.progress.now |= now.duration_since(self.progress.said) >= REPEAT;
+        self.ping.now |= now.duration_since(self.ping.said) >= REPEAT;
         if let Some(take) = &mut self.take {
             take.measure();
         }
@@ -288,12 +302,19 @@ impl<'a> Session<'a> {
     fn has_frame(&self) -> bool {
         let ack = self.ack.now && self.take.is_some();
         let progress = self.progress.now && self.ship.is_some();
-        ack || progress || !self.queue.is_empty()
+        ack || progress || self.ping.now || self.pong.is_some() || !self.queue.is_empty()
     }
 
     /// Acks and progress are made when they can leave, so they are always the newest.
     fn next_frame(&mut self) -> Option<pb::Frame> {
         let now = Instant::now();
+        if let Some(pong) = self.pong.take() {
+            return Some(frame(Body::Pong(pong)));
+        }
+        if self.ping.now {
+            self.ping.said(now);
+            return Some(frame(Body::Ping(pb::Ping { at_us: micros(now - self.began) })));
+        }
         if let Some(take) = self.take.as_mut().filter(|_| self.ack.now) {
             self.ack.said(now);
             return Some(frame(Body::Ack(take.ack())));
@@ -309,6 +330,17 @@ impl<'a> Session<'a> {
         self.heard = Instant::now();
         let own = self.shared.config.site.as_str();
         let peer = self.wire.site.as_str();
+        if let Some(Body::Ping(ping)) = frame.body {
+            self.pong = Some(pb::Pong { at_us: ping.at_us });
+            return None;
+        }
+        if let Some(Body::Pong(pong)) = frame.body {
+            // A time of another session, or one made up, measures nothing.
+            if let Some(us) = micros(self.heard - self.began).checked_sub(pong.at_us) {
+                self.shared.link_measured(entry(self.shared, &self.wire.site), Duration::from_micros(us.max(1)));
+            }
+            return None;
+        }
         match (frame.body, &mut self.ship, &mut self.take) {
             (Some(Body::Ack(ack)), Some(ship), _) if ack.source == own => {
                 let outcome = ship.acked(&ack);

@@ -159,6 +159,7 @@ impl Ship {
         self.entry().outgoing.send_modify(|view| {
             view.received = ack.received.map(Into::into);
             view.applied = ack.applied.map(Into::into);
+            view.heard = Some(Instant::now());
         });
         self.shared.link_carries(self.entry());
         self.decide(sender::Event::Credit(ack.credit))

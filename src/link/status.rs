@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::hub::{PeerEntry, Shared};
 use super::session::Ended;
 use super::transport::Peer;
-use super::wire::{Reason, Rejection};
+use super::wire::{REASONS, Reason, Rejection};
 use crate::model::{ClusterTime, Position, SiteName};
 
 /// State of the link to one peer.
@@ -42,6 +42,10 @@ pub struct PeerStatus {
     pub since: Instant,
     /// When the peer's certificate expires, seconds since the Unix epoch.
     pub certificate_expiry: Option<i64>,
+    /// Sessions that broke, and attempts that came to none, since the start.
+    pub failures: u64,
+    /// Rejections told or received since the start, in the order of [`REASONS`].
+    pub rejects: [u64; REASONS.len()],
     /// What the log says of the link until something else is true.
     said: Option<String>,
 }
@@ -57,6 +61,8 @@ impl PeerStatus {
             rtt: None,
             since: now,
             certificate_expiry: None,
+            failures: 0,
+            rejects: [0; REASONS.len()],
             said: None,
         }
     }
@@ -66,6 +72,23 @@ impl PeerStatus {
             self.since = now;
         }
         (self.state, self.error, self.hint) = (state, error, hint);
+        if state != LinkState::Connected {
+            self.rtt = None;
+        }
+    }
+
+    /// Counts how a session, or an attempt at one, ended.
+    fn count(&mut self, ended: &Ended) {
+        match ended {
+            Ended::Rejected(rejection) | Ended::Refused(rejection) => {
+                let at = REASONS.iter().position(|(reason, _)| *reason == rejection.reason);
+                if let Some(count) = at.map(|at| &mut self.rejects[at]) {
+                    *count += 1;
+                }
+            }
+            Ended::Closed | Ended::Lost(_) | Ended::Failed(_) => self.failures += 1,
+            Ended::Cancelled | Ended::Duplicate => {}
+        }
     }
 }
 
@@ -78,8 +101,6 @@ pub struct Counters {
     pub bytes: u64,
     /// Records that failed their crc or could not be decoded.
     pub corrupt_records: u64,
-    /// Rejections told or received.
-    pub rejects: u64,
 }
 
 /// One stream as this agent sees it.
@@ -93,6 +114,8 @@ pub struct StreamView {
     pub applied: Option<Position>,
     /// Target side: the newest word of the source, and when it came.
     pub progress: Option<(SourceWord, Instant)>,
+    /// Source side: when the target was heard last.
+    pub heard: Option<Instant>,
     /// What was counted.
     pub counters: Counters,
     /// The newest rejection, told or received, and when.
@@ -131,13 +154,20 @@ impl From<&pb::Progress> for SourceWord {
 pub(super) type ViewCell = watch::Sender<StreamView>;
 
 pub(super) fn note_reject(view: &ViewCell, rejection: &Rejection, now: Instant) {
-    view.send_modify(|view| {
-        view.counters.rejects += 1;
-        view.last_reject = Some((rejection.clone(), now));
-    });
+    view.send_modify(|view| view.last_reject = Some((rejection.clone(), now)));
 }
 
 impl Shared {
+    /// A session, or an attempt at one, has ended.
+    pub(super) fn count_end(&self, entry: &PeerEntry, ended: &Ended) {
+        entry.status.send_modify(|status| status.count(ended));
+    }
+
+    /// A ping came back.
+    pub(super) fn link_measured(&self, entry: &PeerEntry, rtt: Duration) {
+        entry.status.send_modify(|status| status.rtt = Some(rtt));
+    }
+
     /// A session is open. One that was refused before may be refused again at once: that it is up is only said when
     /// something went over it ([`Self::link_carries`]).
     pub(super) fn link_up(&self, entry: &PeerEntry, peer: &Peer) {

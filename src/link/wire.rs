@@ -11,6 +11,21 @@ use crate::model::{AgentId, ClusterTime, Epoch, Incarnation, Position, SiteName,
 /// The protocol version this release speaks.
 pub const VERSION: u32 = 1;
 
+/// Every reason there is, with its name for metrics.
+pub const REASONS: [(Reason, &str); 11] = [
+    (Reason::Version, "version"),
+    (Reason::Identity, "identity"),
+    (Reason::Group, "group"),
+    (Reason::Epoch, "epoch"),
+    (Reason::Term, "term"),
+    (Reason::Incarnation, "incarnation"),
+    (Reason::NotLeader, "not_leader"),
+    (Reason::Gap, "gap"),
+    (Reason::Corrupt, "corrupt"),
+    (Reason::Start, "start"),
+    (Reason::Protocol, "protocol"),
+];
+
 /// A refusal, told or to be told to the peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {

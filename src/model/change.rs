@@ -68,6 +68,11 @@ impl Op {
         }
     }
 
+    /// What a change event does, without reading the rest of it.
+    pub fn of(event: &RawDocument) -> Self {
+        raw::get(event, "operationType").and_then(|name| name.str()).map_or(Self::Unsupported, Self::parse)
+    }
+
     /// Whether the change concerns documents rather than the catalog.
     pub fn is_crud(self) -> bool {
         matches!(self, Self::Insert | Self::Update | Self::Replace | Self::Delete)
@@ -194,9 +199,18 @@ impl<'a> Change<'a> {
 
     /// Whether this is one of our marks (database `farshore`), which are never applied as data.
     pub fn is_mark(&self) -> bool {
-        self.ns.db == "farshore"
+        self.ns.db == MARKS
     }
 }
+
+/// [`Change::is_mark`] of an event, without reading the rest of it.
+pub fn is_mark(event: &RawDocument) -> bool {
+    let namespace = raw::get(event, "ns").and_then(|ns| ns.document());
+    namespace.and_then(|ns| raw::get(ns, "db")).and_then(|db| db.str()) == Some(MARKS)
+}
+
+/// The database whose changes are Farshore's own.
+const MARKS: &str = "farshore";
 
 fn namespace<'a>(element: &Element<'a>) -> Option<Namespace<'a>> {
     let document = element.document()?;

@@ -12,6 +12,7 @@ const ARRAY: u8 = 0x04;
 const BINARY: u8 = 0x05;
 const SYMBOL: u8 = 0x0E;
 const INT32: u8 = 0x10;
+const DATETIME: u8 = 0x09;
 const TIMESTAMP: u8 = 0x11;
 const INT64: u8 = 0x12;
 const DECIMAL: u8 = 0x13;
@@ -89,6 +90,11 @@ impl<'a> Element<'a> {
         (if self.kind == SYMBOL { STRING } else { self.kind }, self.value)
     }
 
+    /// The milliseconds since the Unix epoch of a date.
+    pub fn datetime(&self) -> Option<i64> {
+        (self.kind == DATETIME).then_some(i64::from_le_bytes(self.value.try_into().ok()?))
+    }
+
     /// The value of a timestamp.
     pub fn timestamp(&self) -> Option<super::ClusterTime> {
         (self.kind == TIMESTAMP).then_some(super::ClusterTime(u64::from_le_bytes(self.value.try_into().ok()?)))
@@ -146,7 +152,7 @@ fn value_length(kind: u8, bytes: &[u8]) -> Option<usize> {
     let prefix = || usize::try_from(i32::from_le_bytes(*bytes.first_chunk()?)).ok();
     let cstring = |from: usize| Some(from + bytes.get(from..)?.iter().position(|b| *b == 0)? + 1);
     match kind {
-        DOUBLE | 0x09 | TIMESTAMP | INT64 => Some(8),
+        DOUBLE | DATETIME | TIMESTAMP | INT64 => Some(8),
         STRING | 0x0D | SYMBOL => prefix()?.checked_add(4),
         EMBEDDED | ARRAY => prefix().filter(|length| *length >= 5),
         0x0F => prefix(),

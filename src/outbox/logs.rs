@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use super::ring::Ring;
 use super::writer::Writer;
 use super::{Error, Log, LogId, LogState, Store, Write};
-use crate::model::{AgentId, Incarnation, Position};
+use crate::model::{AgentId, Durations, Incarnation, Position};
 
 /// Commands waiting for a commit.
 const QUEUE_COMMANDS: usize = 256;
@@ -104,6 +104,8 @@ pub(super) struct Shared {
     pub(super) wake: Notify,
     pub(super) stop: CancellationToken,
     pub(super) failed: OnceLock<String>,
+    /// How long synced writes took.
+    pub(super) commits: Mutex<Durations>,
 }
 
 impl Shared {
@@ -192,6 +194,7 @@ impl Logs {
             wake: Notify::new(),
             stop: CancellationToken::new(),
             failed: OnceLock::new(),
+            commits: Mutex::default(),
         });
         let mut marks = BTreeMap::new();
         for id in shared.store.logs()? {
@@ -223,6 +226,11 @@ impl Logs {
             _ => Level::Ok,
         };
         Usage { bytes, limit_bytes: quota.limit_bytes, level }
+    }
+
+    /// How long synced writes took, since the start.
+    pub fn commits(&self) -> Durations {
+        *self.shared.commits.lock().expect("no holder panics")
     }
 
     /// Identity of this installation: made once, kept in the store.

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 
@@ -180,12 +181,14 @@ impl Writer {
             return (writes, Err(Error::Failed { reason: reason.clone() }));
         }
         let store = Arc::clone(&self.shared.store);
-        let (writes, result) = self
+        let (writes, result, took) = self
             .call(move || {
+                let began = Instant::now();
                 let result = store.commit(&writes);
-                (writes, result)
+                (writes, result, began.elapsed())
             })
             .await;
+        self.shared.commits.lock().expect("no holder panics").record(took);
         if let Err(error) = &result
             && !matches!(error.disposition(), Disposition::Refused | Disposition::Recapture)
         {

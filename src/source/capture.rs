@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::chunk::{ChunkError, Chunker, Cut, Reply};
 use super::tail::{StartAt, Tail, TailError, TailStream};
-use crate::model::{Epoch, Incarnation, Position, StreamHash};
+use crate::model::{Epoch, Flow, Incarnation, Position, StreamHash};
 use crate::outbox::{self, Commit, Disposition, Log, LogState};
 
 /// What capture is doing.
@@ -39,12 +39,12 @@ pub enum Phase {
 pub struct CaptureStatus {
     /// What it is doing.
     pub phase: Phase,
-    /// Changes captured since the process started.
-    pub changes: u64,
-    /// Their bytes before compression.
-    pub bytes: u64,
-    /// Events over 16 MiB taken without their documents.
-    pub trimmed: u64,
+    /// Changes that are durable in the outbox, since the process started.
+    pub flow: Flow,
+    /// Batches they and marks came in.
+    pub batches: u64,
+    /// Sessions of the change stream that ended and were begun again.
+    pub retries: u64,
 }
 
 /// Asks capture to (re)start the outbox at a place.
@@ -144,9 +144,9 @@ impl<T: Tail> Capture<T> {
                 }
                 continue;
             };
-            let before = self.status.borrow().changes;
+            let before = self.status.borrow().batches;
             let outcome = self.session(state, &cancel).await;
-            if self.status.borrow().changes > before {
+            if self.status.borrow().batches > before {
                 delay = RETRY_MIN;
             }
             let wait = match outcome {
@@ -204,6 +204,7 @@ impl<T: Tail> Capture<T> {
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
+        self.status.send_modify(|status| status.retries += 1);
         self.enter(phase);
         Ok(wait)
     }
@@ -280,7 +281,7 @@ impl<T: Tail> Capture<T> {
         trimmed: bool,
         cancel: &CancellationToken,
     ) -> Outcome {
-        let mut pending: VecDeque<Commit> = VecDeque::new();
+        let mut pending: VecDeque<Pending> = VecDeque::new();
         let mut token_saved = tokio::time::Instant::now();
         loop {
             let step = tokio::select! {
@@ -294,8 +295,14 @@ impl<T: Tail> Capture<T> {
                 Step::Cancelled => Some(Outcome::Cancelled),
                 Step::Restart(begin) => Some(Outcome::Restart(begin)),
                 Step::Durable(result) => {
-                    drop(pending.pop_front());
-                    result.err().map(|error| Outcome::Ended(EndReason::Outbox(error)))
+                    let written = pending.pop_front().expect("one that was waited for");
+                    match result {
+                        Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
+                        Ok(_) => {
+                            self.account(&written);
+                            None
+                        }
+                    }
                 }
                 Step::Reply(None) => {
                     Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into()))))
@@ -306,7 +313,6 @@ impl<T: Tail> Capture<T> {
                     Ok(cuts) => {
                         self.enter(Phase::Streaming);
                         let enough = trimmed && !cuts.is_empty();
-                        self.account(&cuts, trimmed);
                         match self.append(cuts, &mut pending).await {
                             Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
                             Ok(()) if enough => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted(
@@ -318,7 +324,7 @@ impl<T: Tail> Capture<T> {
                 },
             };
             if let Some(outcome) = outcome {
-                let Outcome::Restart(_) = outcome else { return finish(pending, outcome).await };
+                let Outcome::Restart(_) = outcome else { return self.finish(pending, outcome).await };
                 return outcome;
             }
             if chunker.unit_open() {
@@ -335,26 +341,37 @@ impl<T: Tail> Capture<T> {
         }
     }
 
-    fn account(&self, cuts: &[Cut], trimmed: bool) {
-        if cuts.is_empty() {
-            return;
-        }
+    fn account(&self, written: &Pending) {
         self.status.send_modify(|status| {
-            for cut in cuts {
-                status.changes += u64::from(cut.batch.header().count);
-                status.bytes += u64::from(cut.batch.header().raw_len);
-                status.trimmed += u64::from(trimmed);
-            }
+            status.flow.add(&written.flow);
+            status.batches += 1;
         });
     }
 
-    async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Commit>) -> Result<(), outbox::Error> {
-        for Cut { batch, token } in cuts {
+    /// Lets queued writes finish, so that the next session starts from what is really durable.
+    async fn finish(&self, pending: VecDeque<Pending>, outcome: Outcome) -> Outcome {
+        for mut written in pending {
+            if let Err(error) = (&mut written.durable).await {
+                return Outcome::Ended(EndReason::Outbox(error));
+            }
+            self.account(&written);
+        }
+        outcome
+    }
+
+    async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Pending>) -> Result<(), outbox::Error> {
+        for Cut { batch, token, flow } in cuts {
             let durable = self.log.enqueue(batch, Some(token)).await?;
-            pending.push_back(durable);
+            pending.push_back(Pending { durable, flow });
         }
         Ok(())
     }
+}
+
+/// A batch on its way to the disk.
+struct Pending {
+    durable: Commit,
+    flow: Flow,
 }
 
 enum Step {
@@ -364,21 +381,11 @@ enum Step {
     Reply(Option<Result<Reply, TailError>>),
 }
 
-async fn next_durable(pending: &mut VecDeque<Commit>) -> Result<LogState, outbox::Error> {
+async fn next_durable(pending: &mut VecDeque<Pending>) -> Result<LogState, outbox::Error> {
     match pending.front_mut() {
-        Some(durable) => durable.await,
+        Some(written) => (&mut written.durable).await,
         None => std::future::pending().await,
     }
-}
-
-/// Lets queued writes finish, so that the next session starts from what is really durable.
-async fn finish(pending: VecDeque<Commit>, outcome: Outcome) -> Outcome {
-    for durable in pending {
-        if let Err(error) = durable.await {
-            return Outcome::Ended(EndReason::Outbox(error));
-        }
-    }
-    outcome
 }
 
 async fn read_ahead<S: TailStream>(mut stream: S, replies: mpsc::Sender<Result<Reply, TailError>>, trimmed: bool) {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::token::{self, Token, TokenError};
 use crate::model::raw;
-use crate::model::{Batch, BatchBuilder, Epoch, Incarnation, Position, StreamHash};
+use crate::model::{Batch, BatchBuilder, Epoch, Flow, Incarnation, Op, Position, StreamHash, change};
 
 /// A batch is cut when its changes exceed this many bytes.
 pub const CUT_BYTES: usize = 1 << 20;
@@ -68,6 +68,8 @@ pub struct Cut {
     pub batch: Batch,
     /// Resume token document of its end.
     pub token: Bytes,
+    /// What it holds.
+    pub flow: Flow,
 }
 
 /// Assigns positions and cuts batches.
@@ -117,7 +119,7 @@ impl Chunker {
     /// The reply is malformed; nothing of it may be used.
     pub fn cut(&mut self, reply: &Reply) -> Result<Vec<Cut>, ChunkError> {
         let mut cuts = Vec::new();
-        let mut builder = self.builder();
+        let (mut builder, mut flow) = (self.builder(), Flow::default());
         let mut last: Option<(&RawDocument, bool)> = None;
         for event in reply.events()? {
             let event = event?;
@@ -132,10 +134,13 @@ impl Chunker {
                 let (token, _) = last.expect("a builder with bytes has a last event");
                 let end =
                     if position.time > builder.last().time { Position::before(position.time) } else { builder.last() };
-                cuts.push(self.finish(builder, end, token));
+                cuts.push(self.finish(builder, end, token, std::mem::take(&mut flow)));
                 builder = self.builder();
             }
             builder.push(position, &[&length, before, after]);
+            if !change::is_mark(event) {
+                flow.count(Op::of(event), length.len() + before.len() + after.len());
+            }
             last = Some((own_token, raw::get(event, "txnNumber").is_some()));
         }
         let reply_token = reply.token()?;
@@ -147,12 +152,12 @@ impl Chunker {
                 _ if self.single_change_units && !in_transaction => (Position::through(position.time), own_token),
                 _ => (position, own_token),
             };
-            cuts.push(self.finish(builder, end, token));
+            cuts.push(self.finish(builder, end, token, flow));
         } else if let Token::HighWater(time) = reply_time
             && self.unit_open()
             && time > self.end.time
         {
-            cuts.push(self.finish(builder, Position::before(time), reply_token));
+            cuts.push(self.finish(builder, Position::before(time), reply_token, flow));
         }
         self.token = Some(Bytes::copy_from_slice(reply_token.as_bytes()));
         Ok(cuts)
@@ -162,11 +167,11 @@ impl Chunker {
         BatchBuilder::new(self.incarnation, self.epoch, self.end, self.hash)
     }
 
-    fn finish(&mut self, builder: BatchBuilder, end: Position, token: &RawDocument) -> Cut {
+    fn finish(&mut self, builder: BatchBuilder, end: Position, token: &RawDocument, flow: Flow) -> Cut {
         self.hash = builder.hash();
         let batch = builder.finish(end);
         self.end = end;
-        Cut { batch, token: Bytes::copy_from_slice(token.as_bytes()) }
+        Cut { batch, token: Bytes::copy_from_slice(token.as_bytes()), flow }
     }
 }
 

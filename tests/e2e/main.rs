@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests deal with real processes and real time")]
 
 mod kills;
+mod metrics;
 mod replicate;
 mod support;
 mod takeover;

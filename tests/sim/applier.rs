@@ -8,7 +8,7 @@ use bson::oid::ObjectId;
 use farshore::apply::catalog::{Entries, Entry, Presence};
 use farshore::apply::lanes::{Item, LaneState};
 use farshore::apply::target::{
-    Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
+    Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
 };
 use farshore::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, Term, raw};
 
@@ -253,17 +253,11 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
                 if field_of(bytes, &name) == value {
                     let id = field_of(bytes, "_id").expect("every document has an _id");
                     let key = bson::RawDocumentBuf::try_from(&bson::doc! {"_id": id}).expect("encodes");
-                    suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "unique" });
+                    suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: Cause::Unique });
                 }
             }
         }
-        Divergence::Document { collection, identity } => {
-            let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-            if let Some(key) = items.iter().find(same).and_then(key_of) {
-                suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "path" });
-            }
-        }
-        Divergence::Somewhere => {}
+        Divergence::Document { .. } | Divergence::Somewhere => {}
     }
     let mut there: BTreeSet<(CollectionUuid, u128)> = BTreeSet::new();
     for item in items {
@@ -278,10 +272,10 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
         };
         let id = (item.collection, item.key);
         let exists = there.contains(&id);
-        let kind = match change.op {
-            Op::Insert if exists => Some("insert"),
-            Op::Update | Op::Replace if !exists => Some("update"),
-            Op::Delete if !exists => Some("delete"),
+        let cause = match change.op {
+            Op::Insert if exists => Some(Cause::Exists),
+            Op::Update | Op::Replace if !exists => Some(Cause::Missing),
+            Op::Delete if !exists => Some(Cause::Missing),
             _ => None,
         };
         if change.op == Op::Delete {
@@ -289,13 +283,19 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
         } else {
             there.insert(id)
         };
-        let kind = if change.trimmed { Some("large") } else { kind };
-        if let (Some(kind), Some(key)) = (kind, change.document_key) {
-            let suspect = Suspect { collection: id.0, identity: id.1, key: key.to_owned(), kind };
+        let cause = if change.trimmed { Some(Cause::Large) } else { cause };
+        if let (Some(cause), Some(key)) = (cause, change.document_key) {
+            let suspect = Suspect { collection: id.0, identity: id.1, key: key.to_owned(), cause };
             found.entry(id).or_insert(suspect);
         }
     }
     suspects.extend(found.into_values());
+    if let Divergence::Document { collection, identity } = divergence {
+        let same = |item: &&Item| item.collection == *collection && item.key == *identity;
+        if let Some(key) = items.iter().find(same).and_then(key_of) {
+            suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: Cause::Path });
+        }
+    }
     suspects
 }
 

@@ -18,7 +18,7 @@ use super::pki::Pki;
 use super::world::{Agent, Options};
 use crate::link::testing::{batch, site};
 use crate::link::wire::{Greeting, Originating, frame};
-use crate::link::{Leadership, LinkState};
+use crate::link::{Leadership, LinkState, REASONS};
 use crate::model::{AgentId, Epoch, Term};
 
 /// Opens a session by hand, says these frames and returns the rejection.
@@ -79,6 +79,10 @@ async fn a_peer_is_held_to_its_certificate() {
     }
     assert_eq!(reason(vec![hello("north", 5), damaged]).await, Reason::Corrupt);
     assert_eq!(south.view().counters.corrupt_records, 1);
+    let peer = &south.hub.peers()[0];
+    let told: Vec<_> = REASONS.iter().zip(peer.rejects).filter(|(_, count)| *count > 0).collect();
+    let expected = [(Reason::Identity, 2), (Reason::Corrupt, 1), (Reason::Protocol, 1)];
+    assert!(told.iter().map(|((reason, _), count)| (*reason, *count)).eq(expected), "{told:?}");
     assert_eq!(south.view().received, None);
     assert_eq!(reason(vec![hello("north", 5), shipped("north", 10), shipped("north", 14)]).await, Reason::Gap);
     south.until_received(12).await;

@@ -8,12 +8,15 @@ use anyhow::{Context, Result};
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     samples: BTreeMap<String, f64>,
+    families: BTreeMap<String, String>,
 }
 
 impl Metrics {
     /// Reads the exposition format; timestamps and exemplars are left out.
     pub fn parse(text: &str) -> Result<Self> {
         let mut samples = BTreeMap::new();
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        let families = types.map(|(name, kind)| (name.to_owned(), kind.to_owned())).collect();
         for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
             // Values of labels may hold blanks, so a name with labels ends at its last brace.
             let labelled = line.find('{').and_then(|open| line[open..].find("} ").map(|close| open + close + 1));
@@ -23,7 +26,21 @@ impl Metrics {
             let value = value.parse().with_context(|| format!("no number in metric line {line}"))?;
             samples.insert(name.to_owned(), value);
         }
-        Ok(Self { samples })
+        Ok(Self { samples, families })
+    }
+
+    /// All families, by their name without suffixes, with their type.
+    pub fn families(&self) -> &BTreeMap<String, String> {
+        &self.families
+    }
+
+    /// The family a sample of [`Self::samples`] belongs to.
+    pub fn family_of<'a>(&'a self, sample: &str) -> Option<(&'a str, &'a str)> {
+        let name = sample.split('{').next().unwrap_or_default();
+        let bare = ["", "_total", "_bucket", "_sum", "_count", "_info"]
+            .into_iter()
+            .find_map(|suffix| self.families.get_key_value(name.strip_suffix(suffix)?));
+        bare.map(|(family, kind)| (family.as_str(), kind.as_str()))
     }
 
     /// All samples, as `name{label="value",...}`.
@@ -76,6 +93,10 @@ farshore_lag_seconds 0.25
         assert_eq!(metrics.total_where("farshore_changes_total", &[("stream", "so uth")]), Some(5.0));
         assert_eq!(metrics.total_where("farshore_changes_total", &[("op", "none")]), None);
         assert_eq!(metrics.total("farshore_changes"), None);
+        assert_eq!(metrics.families().len(), 1);
+        let family = metrics.family_of("farshore_changes_total{stream=\"north\",op=\"insert\"}");
+        assert_eq!(family, Some(("farshore_changes", "counter")));
+        assert_eq!(metrics.family_of("farshore_lag_seconds"), None);
     }
 
     #[test]
