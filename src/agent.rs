@@ -433,7 +433,7 @@ impl Agent {
 
 /// Part of the memory limit for changes on their way to lanes: the rest is RocksDB, rings, the link, the driver.
 fn apply_memory(limit: u64) -> usize {
-    usize::try_from(limit / 12).unwrap_or(usize::MAX)
+    usize::try_from(limit / 16).unwrap_or(usize::MAX)
 }
 
 struct SourceParts {
