@@ -26,8 +26,10 @@ use crate::admin::control::{Console as _, ControlService};
 use crate::admin::health::{self, Health, HealthServer, Heartbeat as Liveness, Latch, Readiness};
 use crate::admin::metrics::Metrics;
 use crate::admin::telemetry;
-use crate::apply::engine::{self, ApplyStatus, Engine};
+use crate::apply::engine::{self, Engine};
 use crate::apply::mongo::MongoTarget;
+use crate::apply::reconcile::reconcile;
+use crate::apply::status::ApplyStatus;
 use crate::config::{self, Config};
 use crate::lease::Lease;
 use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, TlsTransport, Transport as _};
@@ -294,7 +296,7 @@ impl Agent {
                 if now.leader
                     && let Some((target, inbox)) = &inbox
                 {
-                    while let Err(error) = engine::reconcile(target, inbox, EPOCH).await {
+                    while let Err(error) = reconcile(target, inbox, EPOCH).await {
                         tracing::warn!(%error, "the inbox cannot be put in order yet, retrying");
                         tokio::select! {
                             () = intake.cancelled() => return Ok(()),
