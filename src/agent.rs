@@ -4,6 +4,7 @@
 //! The originating site captures and serves; a standby receives and applies. Every agent of a site captures or receives
 //! into its own disk; only the one that holds the site's lease ships and applies.
 
+mod allocator;
 mod clients;
 mod console;
 mod counts;
@@ -56,6 +57,7 @@ type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
 /// Runs an agent in the foreground; the verb `farshore agent`.
 pub fn run(path: &Path) -> ExitCode {
+    allocator::bound();
     let config = match Config::load(path) {
         Ok(config) => config,
         Err(problems) => {
@@ -437,7 +439,7 @@ impl Agent {
 
 /// Part of the memory limit for changes on their way to lanes: the rest is RocksDB, rings, the link, the driver.
 fn apply_memory(limit: u64) -> usize {
-    usize::try_from(limit / 12).unwrap_or(usize::MAX)
+    usize::try_from(limit / 16).unwrap_or(usize::MAX)
 }
 
 struct SourceParts {

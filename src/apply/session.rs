@@ -23,7 +23,7 @@ use crate::outbox::{self, Reader, Stored};
 /// Changes in one transaction, at most.
 const JOB_CHANGES: usize = 1_000;
 /// Bytes in one transaction, at most (one change more may follow).
-const JOB_BYTES: usize = 4 << 20;
+const JOB_BYTES: usize = 2 << 20;
 /// How often the majority's state is asked while something moves. Asking makes the server flush its journal, so this is
 /// also how late a majority reader sees what was committed.
 const CONFIRM_EVERY: Duration = Duration::from_millis(25);
