@@ -240,6 +240,22 @@ mod tests {
     }
 
     #[test]
+    fn a_cut_counts_its_changes_and_their_bytes_but_no_marks() {
+        let (mut create, mut mark) = (event(at(3), 0, false), event(at(4), 0, false));
+        create.append(bson::cstr!("ns"), rawdoc! {"db": "shop", "coll": "items"});
+        mark.append(bson::cstr!("ns"), rawdoc! {"db": "farshore", "coll": "marks"});
+        let counted = |events: &[RawDocumentBuf]| {
+            let cuts = chunker(false).cut(&reply(events, token_of(at(9), None))).expect("cut");
+            let [Cut { batch, flow, .. }] = &cuts[..] else { panic!("{cuts:?}") };
+            (*flow, batch.header().count, u64::from(batch.header().raw_len))
+        };
+        let (flow, count, raw) = counted(&[event(at(2), 0, false), create.clone()]);
+        assert_eq!((flow.deletes, flow.changes(), count), (2, 2, 2));
+        assert_eq!(flow.bytes, raw - 2 * Position::LEN as u64);
+        assert_eq!(counted(&[event(at(2), 0, false), create, mark]).0, flow);
+    }
+
+    #[test]
     fn a_unit_stays_open_until_something_is_past_it() {
         let mut chunker = chunker(false);
         let own = token_of(at(2), Some(1));

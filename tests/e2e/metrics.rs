@@ -36,7 +36,10 @@ const UNMOVED: &[(&str, &str)] = &[
 /// What was seen of one agent.
 #[derive(Default)]
 struct Seen {
-    last: BTreeMap<String, f64>,
+    /// Newest values of gauges.
+    standing: BTreeMap<String, f64>,
+    /// Newest values of what only grows, since the agent was started.
+    growing: BTreeMap<String, f64>,
     families: BTreeSet<String>,
     moved: BTreeSet<String>,
     backwards: Vec<String>,
@@ -45,16 +48,23 @@ struct Seen {
 
 impl Seen {
     fn note(&mut self, metrics: &Metrics, restarted: bool) {
+        if restarted {
+            self.growing.clear();
+        }
         self.families.extend(metrics.families().keys().cloned());
         self.scrapes += 1;
         for (sample, now) in metrics.samples() {
             let (family, kind) = metrics.family_of(sample).expect("every sample has a type");
-            let before = self.last.insert(sample.clone(), *now).unwrap_or(if kind == "gauge" { *now } else { 0.0 });
-            let grows = matches!(kind, "counter" | "histogram");
-            if grows && *now < before && !restarted {
-                self.backwards.push(format!("{sample}: {before}, then {now}"));
-            }
-            if *now > before || (!grows && *now != before) {
+            let moved = if matches!(kind, "counter" | "histogram") {
+                let before = self.growing.insert(sample.clone(), *now).unwrap_or(0.0);
+                if *now < before {
+                    self.backwards.push(format!("{sample}: {before}, then {now}"));
+                }
+                *now > before
+            } else {
+                self.standing.insert(sample.clone(), *now).is_some_and(|before| before != *now)
+            };
+            if moved {
                 self.moved.insert(family.to_owned());
             }
         }
