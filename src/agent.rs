@@ -306,9 +306,13 @@ impl Agent {
                     }
                 }
                 carrying.send_replace(now);
+                // Until something is received, an agent that has lost the lease may still begin the stream: then it goes on
+                // from there, so it is looked at again.
+                let fresh = now.leader && inbox.as_ref().is_some_and(|(_, inbox)| inbox.state().is_none());
                 tokio::select! {
                     () = intake.cancelled() => return Ok(()),
                     changed = lease.changed() => if changed.is_err() { return Ok(()) },
+                    () = tokio::time::sleep(Duration::from_secs(1)), if fresh => {}
                 }
             }
         });

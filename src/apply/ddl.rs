@@ -10,7 +10,8 @@ use bson::{Bson, Document, doc};
 use mongodb::options::{Acknowledgment, WriteConcern};
 
 use super::catalog::{Entries, Entry, Presence};
-use super::mongo::{DB, MongoTarget, hint_of};
+use super::mongo::{DB, MongoTarget};
+use super::reply::hint_of;
 use super::store;
 use super::target::{DdlStep, TargetError};
 use crate::model::{Change, CollectionUuid, Namespace, Op, Position};

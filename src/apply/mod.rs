@@ -7,8 +7,8 @@
 //! ```
 //!
 //! [`lanes`], [`plan`], [`delta`], [`route`] and [`store`] are pure; [`engine`] is the task, one `session` after
-//! another, [`heal`] applies a job of one; [`mongo`] and [`ddl`] talk to
-//! MongoDB behind the trait in [`target`], which simulations implement in memory.
+//! another, [`heal`] applies a job of one; [`mongo`] and `ddl` talk to MongoDB behind the trait in [`target`], which
+//! simulations implement in memory.
 
 pub mod catalog;
 mod ddl;
@@ -19,6 +19,7 @@ pub mod lanes;
 pub mod mongo;
 pub mod plan;
 pub mod reconcile;
+mod reply;
 pub mod route;
 mod session;
 pub mod status;

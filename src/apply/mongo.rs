@@ -17,7 +17,8 @@ use tokio::sync::Mutex;
 use super::catalog::{Entries, Entry, Presence};
 use super::delta::Delta;
 use super::lanes::{Item, LaneState, LaneStep};
-use super::plan::{self, Patch, PlanError, Step};
+use super::plan::{self, Patch, Step};
+use super::reply::{WriteError, first_write_error, hint_of, plan_error};
 use super::store;
 use super::target::{
     Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
@@ -429,59 +430,6 @@ fn split_by_bytes(documents: &[(RawDocumentBuf, RawDocumentBuf)]) -> Vec<&[(RawD
     parts
 }
 
-/// The first of a reply's write errors.
-pub(super) struct WriteError {
-    pub(super) code: i32,
-    pub(super) message: String,
-    key_pattern: Option<Document>,
-    key_value: Option<Document>,
-}
-
-pub(super) fn first_write_error(reply: &Document) -> Option<WriteError> {
-    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
-    Some(WriteError {
-        code: error.get_i32("code").unwrap_or(0),
-        message: error.get_str("errmsg").unwrap_or("no message").to_owned(),
-        key_pattern: error.get_document("keyPattern").ok().cloned(),
-        key_value: error.get_document("keyValue").ok().cloned(),
-    })
-}
-
-pub(super) fn hint_of(code: i32) -> &'static str {
-    match code {
-        code::USER_WRITES_BLOCKED => {
-            "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README"
-        }
-        code::UNAUTHORIZED => "grant the agent's user the role in the README",
-        _ => "see the message of MongoDB",
-    }
-}
-
-impl WriteError {
-    fn into_target(self, doing: &str) -> TargetError {
-        match self.code {
-            code::WRITE_CONFLICT | 251 | 24 => TargetError::Transient(self.message),
-            code::UUID_MISMATCH | code::NAMESPACE_NOT_FOUND => TargetError::Fatal {
-                message: format!("{doing}: {}", self.message),
-                hint: "a replicated collection was dropped or replaced at the target; it must be copied again",
-            },
-            other => TargetError::Fatal { message: format!("{doing}: {}", self.message), hint: hint_of(other) },
-        }
-    }
-
-    fn into_commit(self, collection: CollectionUuid) -> CommitError {
-        if self.code != code::DUPLICATE_KEY {
-            return self.into_target("apply changes").into();
-        }
-        let on_id = self.key_pattern.as_ref().is_none_or(|pattern| pattern.contains_key("_id"));
-        let fields = self.key_value.filter(|_| !on_id).and_then(|fields| RawDocumentBuf::try_from(&fields).ok());
-        CommitError::Diverged(match fields {
-            Some(fields) => Divergence::Unique { collection, fields },
-            None => Divergence::Somewhere,
-        })
-    }
-}
-
 impl Target for MongoTarget {
     async fn record(&self) -> Result<Option<StreamRecord>, TargetError> {
         let stored = self.stored_stream().await?;
@@ -695,15 +643,4 @@ impl MongoTarget {
 fn key_of(item: &Item) -> Option<RawDocumentBuf> {
     let document = RawDocument::from_bytes(&item.bytes).ok()?;
     Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
-}
-
-fn plan_error(error: PlanError) -> CommitError {
-    match error {
-        PlanError::NeedsFetch(_) => CommitError::Diverged(Divergence::Somewhere),
-        other => TargetError::Fatal {
-            message: other.to_string(),
-            hint: "the change is kept in the inbox; upgrade or report it",
-        }
-        .into(),
-    }
 }

@@ -253,6 +253,7 @@ fn verdict(watches: &[Watch; 2]) -> Result<()> {
     ensure!(still.is_empty(), "exported and never moved: {still:#?}");
     let gone: Vec<_> = UNMOVED.iter().filter(|(name, _)| !families.contains(*name)).collect();
     ensure!(gone.is_empty(), "excused and not exported: {gone:#?}");
-    println!("{} families, {} moved", families.len(), moved.len());
+    let still: Vec<_> = families.difference(&moved).collect();
+    println!("{} families, {} moved; not so {still:?}", families.len(), moved.len());
     Ok(())
 }

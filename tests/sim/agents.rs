@@ -172,8 +172,12 @@ async fn lead(
         }
         carrying.send_replace(now);
         applying.send_replace(now);
-        if lease.changed().await.is_err() {
-            std::future::pending::<()>().await;
+        tokio::select! {
+            biased;
+            changed = lease.changed() => if changed.is_err() {
+                std::future::pending::<()>().await;
+            },
+            () = tokio::time::sleep(Duration::from_secs(1)), if now.leader && inbox.state().is_none() => {}
         }
     }
 }
