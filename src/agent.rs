@@ -318,6 +318,7 @@ impl Agent {
         let intake = self.supervisor.token(Stage::Intake);
         let parts = SourceParts {
             client: self.client.clone(),
+            config: self.config.clone(),
             gate,
             outbox: self.logs.log(&LogId::Outbox),
             site: self.config.site.name.clone(),
@@ -353,11 +354,12 @@ impl Agent {
 
     fn watch_mongo(&mut self) {
         let (client, mongo, head) = (self.client.clone(), self.mongo.clone(), self.head.clone());
+        let config = self.config.clone();
         let intake = self.supervisor.token(Stage::Intake);
         self.supervisor.spawn(Stage::Intake, "mongodb", async move {
             let mut flapping = telemetry::Flapping::default();
             loop {
-                let view = look_at_mongo(&client, &mut flapping).await;
+                let view = look_at_mongo(&client, &config.mongodb, &mut flapping).await;
                 if let Ok(Some(oldest)) = mongo::oldest_oplog_time(&client).await {
                     head.send_modify(|head| head.oldest = oldest);
                 }
@@ -442,6 +444,7 @@ fn apply_memory(limit: u64) -> usize {
 
 struct SourceParts {
     client: Client,
+    config: Arc<Config>,
     gate: Arc<gate::Gate>,
     outbox: crate::outbox::Log,
     site: SiteName,
@@ -503,7 +506,7 @@ impl SourceParts {
     }
 
     async fn look(&self, flapping: &mut telemetry::Flapping) -> Option<(History, origin::Beginning)> {
-        let (view, info) = look_at_mongo(&self.client, flapping).await;
+        let (view, info) = look_at_mongo(&self.client, &self.config.mongodb, flapping).await;
         self.mongo.send_replace(view);
         let info = info?;
         let found = async {
@@ -528,7 +531,7 @@ impl SourceParts {
     async fn watch(&self, flapping: &mut telemetry::Flapping) {
         loop {
             tokio::time::sleep(WATCH_MONGO).await;
-            let (view, _) = look_at_mongo(&self.client, flapping).await;
+            let (view, _) = look_at_mongo(&self.client, &self.config.mongodb, flapping).await;
             self.mongo.send_replace(view);
         }
     }
@@ -573,7 +576,11 @@ impl SourceParts {
     }
 }
 
-async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (MongoView, Option<mongo::ServerInfo>) {
+async fn look_at_mongo(
+    client: &Client,
+    config: &config::MongoDb,
+    flapping: &mut telemetry::Flapping,
+) -> (MongoView, Option<mongo::ServerInfo>) {
     let refused = |error: String| MongoView { error, ..MongoView::default() };
     match mongo::server_info(client).await {
         Ok(Ok(info)) if info.wire_version < WIRE_6_0 => {
@@ -596,8 +603,10 @@ async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (
             (refused(reason.to_owned()), None)
         }
         Err(failure) => {
-            flapping.warn(Instant::now(), "mongodb", &failure);
-            (MongoView { error: failure.to_string(), ..MongoView::default() }, None)
+            let known = if failure.is_transient() { clients::diagnose(config).await } else { None };
+            let error = known.unwrap_or_else(|| failure.to_string());
+            flapping.warn(Instant::now(), "mongodb", &error);
+            (refused(error), None)
         }
     }
 }

@@ -80,6 +80,16 @@ impl AgentConsole {
         })
     }
 
+    /// State and reason of a stream whose session did not come about or ended.
+    fn no_session(&self, peer: &SiteName, otherwise: &str) -> (&'static str, String) {
+        let link = self.hub.peers().into_iter().find(|link| link.site == *peer && link.state == LinkState::Refused);
+        match link {
+            Some(link) if link.hint.is_empty() => ("refused", link.error),
+            Some(link) => ("refused", format!("{} ({})", link.error, link.hint)),
+            None => ("waiting", otherwise.to_owned()),
+        }
+    }
+
     /// Streams this site originates, as the source sees them.
     fn outgoing(&self, peer: &SiteName) -> pb::StreamStatus {
         let stream = StreamId { source: self.site().clone(), target: peer.clone() };
@@ -89,7 +99,7 @@ impl AgentConsole {
         let (mut name, mut reason) = match &capture.phase {
             CapturePhase::Waiting => ("waiting", "no target has asked for the stream yet".to_owned()),
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
-            CapturePhase::Streaming => ("waiting", "there is no session with the target".to_owned()),
+            CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
             CapturePhase::Full(reason) | CapturePhase::HistoryLost(reason) | CapturePhase::Failed(reason) => {
                 ("failed", reason.clone())
@@ -140,7 +150,7 @@ impl AgentConsole {
             (ApplyPhase::Failed { message, hint }, _) => ("failed", format!("{message} ({hint})")),
             (_, Some((rejection, _))) => ("refused", format!("{} ({})", rejection.message, rejection.hint)),
             (ApplyPhase::Retrying(reason), _) => ("waiting", reason.clone()),
-            _ if !view.open => ("waiting", "there is no session with the source".to_owned()),
+            _ if !view.open => self.no_session(source, "there is no session with the source"),
             (ApplyPhase::Waiting, _) => ("waiting", "nothing was received yet".to_owned()),
             (ApplyPhase::Running, _) => {
                 let behind = apply
@@ -159,6 +169,7 @@ impl AgentConsole {
         };
         let applied = apply.applied;
         let diverged = apply.diverged.values().sum();
+        let diverged_kinds = apply.diverged.iter().map(|(kind, count)| ((*kind).to_owned(), *count));
         let refused = apply.refused.iter().map(|(namespace, reason)| pb::RefusedCollection {
             namespace: namespace.clone(),
             reason: reason.clone(),
@@ -190,6 +201,7 @@ impl AgentConsole {
             consistent_from: apply.consistent_from.and_then(|time| at(Some(Position::through(time)))),
             refused: refused.collect(),
             hash: apply.hash.to_string(),
+            diverged_kinds: diverged_kinds.collect(),
         }
     }
 
@@ -223,7 +235,8 @@ impl AgentConsole {
         let mut found = Vec::new();
         let mongo = self.mongo.borrow().clone();
         if !mongo.reachable {
-            found.push(problem("error", "mongodb".into(), mongo.error, "look at the replica set of this site"));
+            let reason = if mongo.error.is_empty() { "it was not reached yet".to_owned() } else { mongo.error };
+            found.push(problem("error", "mongodb".into(), reason, "look at the replica set of this site"));
         }
         if let Some(reason) = self.logs.failed() {
             found.push(problem("error", "data".into(), reason, "free or repair the disk, then restart the agent"));

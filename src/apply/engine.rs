@@ -12,7 +12,7 @@ use super::heal::{FetchClient, RETRY_MAX, RETRY_MIN};
 use super::session::{End, Session};
 use super::status::{ApplyStatus, Phase};
 use super::target::{Target, TargetError};
-use crate::model::{SiteName, Term};
+use crate::model::{Position, SiteName, Term};
 use crate::outbox::{self, Disposition, Log};
 
 /// How apply works; see the configuration.
@@ -141,7 +141,10 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             // Tried again every few seconds, said once.
             Phase::Failed { message, hint } if said.as_ref() != Some(message) => {
                 tracing::error!(source = %self.source, reason = message, hint, "apply stopped");
-                self.status.send_modify(|status| status.failure = Some(message.clone()));
+                let received = self.inbox.state().map_or(Position::ZERO, |state| state.end);
+                self.status.send_modify(|status| {
+                    (status.failure, status.failure_through) = (Some(message.clone()), received);
+                });
             }
             Phase::Waiting | Phase::Running | Phase::Retrying(_) | Phase::Failed { .. } => {}
         }

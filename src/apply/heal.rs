@@ -14,7 +14,7 @@ use farshore_api::replication::v1::{Fetch, Fetched};
 use super::catalog::{Entries, Presence};
 use super::lanes::{Floor, Item, Job, LaneStep};
 use super::plan::{Floors, Resolved};
-use super::target::{CommitError, Divergence, Suspect, Target, TargetError, Transaction};
+use super::target::{CommitError, Divergence, Suspect, Target, TargetError, Transaction, key_of};
 use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
 
 /// Fetches documents from the source (rule K).
@@ -29,6 +29,11 @@ pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
 const FETCH_KEYS: usize = 100;
 /// A job that keeps diverging without anything left to fetch is beyond healing by documents.
 const HEAL_ROUNDS: u32 = 20;
+
+/// Kind of a document that is fetched because others of its collection are ahead.
+const AHEAD: &str = "ahead";
+/// Kinds for which fetching is the ordinary way: nothing differs from the source.
+const ORDINARY: [&str; 3] = ["path", "large", AHEAD];
 
 /// What applying a job brought about besides the changes.
 #[derive(Default)]
@@ -65,7 +70,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             };
             match self.target.commit(worker, transaction).await {
                 Ok(()) => {
-                    applied.healed = resolved.len() as u64;
+                    applied.healed = applied.diverged.len() as u64;
                     return Ok(applied);
                 }
                 Err(CommitError::Target(TargetError::Transient(reason))) => {
@@ -97,7 +102,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         !ahead && entry.is_some_and(|entry| matches!(entry.presence, Presence::Present(_)))
     }
 
-    /// Fetches what diverged; returns how many documents that were.
+    /// Fetches what diverged; returns how many documents that were which had not been fetched before.
     async fn heal(
         &self,
         job: &Job,
@@ -117,24 +122,55 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             }
         }
         if wanted.is_empty() {
+            self.bring_ahead(&judged, divergence, resolved, &mut wanted);
             tokio::time::sleep(RETRY_MIN).await;
         }
         let mut count = 0;
         for (collection, suspects) in wanted {
             for suspect in &suspects {
                 let key = key_text(&suspect.key);
-                // Fetching is the ordinary way for what an event cannot say; everything else should not happen.
-                if matches!(suspect.kind, "path" | "large") {
+                if ORDINARY.contains(&suspect.kind) {
                     tracing::debug!(%collection, key, kind = suspect.kind, "document fetched again");
                     continue;
                 }
                 tracing::warn!(%collection, key, kind = suspect.kind, "document differs from the source; fetched again");
                 applied.diverged.push(suspect.kind);
             }
-            count += suspects.len();
+            count += suspects.iter().filter(|s| !known.contains(&(s.collection, s.identity))).count();
             resolved.extend(self.fetch_all(collection, suspects).await?);
         }
         Ok(count)
+    }
+
+    /// A unique value is held by a document that was fetched, and so is ahead of these changes: what collides with it
+    /// must be as new. So everything the job does to that collection is fetched; and when that was done already, at times
+    /// that do not fit together, all of it once more.
+    fn bring_ahead(
+        &self,
+        judged: &[Item],
+        divergence: &Divergence,
+        resolved: &mut Vec<Resolved>,
+        wanted: &mut BTreeMap<CollectionUuid, Vec<Suspect>>,
+    ) {
+        let Divergence::Unique { collection, .. } = divergence else { return };
+        let ahead = |identity, key| Suspect { collection: *collection, identity, key, kind: AHEAD };
+        let mut keys: BTreeMap<u128, Suspect> = BTreeMap::new();
+        for item in judged.iter().filter(|item| item.collection == *collection) {
+            if let Some(key) = key_of(item) {
+                keys.insert(item.key, ahead(item.key, key));
+            }
+        }
+        let mine: BTreeSet<u128> =
+            resolved.iter().filter(|r| r.floor.collection == *collection).map(|r| r.floor.key).collect();
+        if keys.keys().all(|key| mine.contains(key)) {
+            let again = resolved.extract_if(.., |r| r.floor.collection == *collection);
+            keys = again.map(|r| (r.floor.key, ahead(r.floor.key, r.key))).collect();
+        } else {
+            keys.retain(|key, _| !mine.contains(key));
+        }
+        if !keys.is_empty() {
+            wanted.insert(*collection, keys.into_values().collect());
+        }
     }
 
     async fn fetch_all(

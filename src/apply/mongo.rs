@@ -15,12 +15,12 @@ use mongodb::{Client, ClientSession};
 use tokio::sync::Mutex;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::delta::Delta;
+use super::delta::{Delta, DeltaError};
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{self, Patch, PlanError, Step};
 use super::store;
 use super::target::{
-    Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
+    Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction, key_of,
 };
 use crate::model::raw::{self, Writer};
 use crate::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, StreamId, Term, hash};
@@ -40,7 +40,8 @@ impl From<Failure> for TargetError {
             Some(code::UNAUTHORIZED | code::AUTHENTICATION_FAILED) => {
                 Self::Fatal { message, hint: "grant the agent's user the role in the README" }
             }
-            _ => Self::Fatal { message, hint: "see the message of MongoDB" },
+            Some(code) => Self::Fatal { message, hint: hint_of(code) },
+            None => Self::Fatal { message, hint: "see the message of MongoDB" },
         }
     }
 }
@@ -280,11 +281,15 @@ impl MongoTarget {
         let documents = self.read_documents(session, entry, changes).await?;
         let mut written = Vec::with_capacity(changes.len());
         for change in changes {
-            let diverged = || CommitError::Diverged(Divergence::Document { collection, identity: change.identity });
-            let before = documents.get(&change.identity).ok_or_else(diverged)?;
+            let diverged =
+                |kind| CommitError::Diverged(Divergence::Document { collection, identity: change.identity, kind });
+            let before = documents.get(&change.identity).ok_or_else(|| diverged("update"))?;
             let delta = Delta::parse(&change.update)
                 .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
-            let after = delta.apply(before).map_err(|_| diverged())?;
+            let after = delta.apply(before).map_err(|error| match error {
+                DeltaError::Ambiguous(_) => diverged("path"),
+                _ => diverged("shape"),
+            })?;
             written.push((change.key.clone(), after));
         }
         for part in split_by_bytes(&written) {
@@ -331,24 +336,6 @@ impl MongoTarget {
                 let documents = batch.doc_slices().map_err(Failure::of("look for diverged documents"))?;
                 let ids = documents.into_iter().filter_map(|d| raw::get(d.ok()?.as_document()?, "_id"));
                 found.extend(ids.map(|id| hash::key_identity(&id)));
-            }
-        }
-        Ok(found)
-    }
-
-    /// The documents that hold these values of a unique index.
-    async fn holders(&self, entry: &Entry, fields: &RawDocument) -> Result<Vec<(u128, RawDocumentBuf)>, TargetError> {
-        let documents = self.client.database(&entry.db).collection::<RawDocumentBuf>(&entry.coll);
-        let filter = Document::try_from(fields).map_err(|e| Failure::of("read a duplicate key")(e.into()))?;
-        let mut cursor = documents
-            .find(filter)
-            .projection(doc! {"_id": 1})
-            .await
-            .map_err(Failure::of("find a blocking document"))?;
-        let mut found = Vec::new();
-        while let Some(document) = cursor.next().await.transpose().map_err(Failure::of("find a blocking document"))? {
-            if let Some(id) = raw::get(&document, "_id") {
-                found.push((hash::key_identity(&id), document));
             }
         }
         Ok(found)
@@ -428,6 +415,7 @@ pub(super) fn hint_of(code: i32) -> &'static str {
         code::USER_WRITES_BLOCKED => {
             "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README"
         }
+        code::TOO_LARGE_FOR_CACHE => "give the target's mongod a larger WiredTiger cache; it is tried again by itself",
         code::UNAUTHORIZED => "grant the agent's user the role in the README",
         _ => "see the message of MongoDB",
     }
@@ -555,14 +543,14 @@ impl Target for MongoTarget {
         match divergence {
             Divergence::Unique { collection, fields } => {
                 let Some(entry) = entries.get(collection) else { return Ok(suspects) };
-                for (identity, key) in self.holders(entry, fields).await? {
+                for (identity, key) in self.holders(entry, *collection, fields, items).await? {
                     suspects.push(Suspect { collection: *collection, identity, key, kind: "unique" });
                 }
             }
-            Divergence::Document { collection, identity } => {
+            Divergence::Document { collection, identity, kind } => {
                 let same = |item: &&Item| item.collection == *collection && item.key == *identity;
                 if let Some(key) = items.iter().find(same).and_then(key_of) {
-                    suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "path" });
+                    suspects.push(Suspect { collection: *collection, identity: *identity, key, kind });
                 }
             }
             Divergence::Somewhere => {}
@@ -661,11 +649,6 @@ impl MongoTarget {
         }
         Ok(suspects.into_values().collect())
     }
-}
-
-fn key_of(item: &Item) -> Option<RawDocumentBuf> {
-    let document = RawDocument::from_bytes(&item.bytes).ok()?;
-    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }
 
 fn plan_error(error: PlanError) -> CommitError {

@@ -37,12 +37,14 @@ pub struct ApplyStatus {
     pub ddl: u64,
     /// Documents found different, by kind.
     pub diverged: BTreeMap<&'static str, u64>,
-    /// Documents fetched again.
+    /// Of these, made equal again.
     pub healed: u64,
     /// Transactions tried again.
     pub retries: u64,
     /// What a person must look at, until it is out of the way.
     pub failure: Option<String>,
+    /// It is out of the way when everything up to here is applied.
+    pub failure_through: Position,
     /// Stored records that failed their crc.
     pub corrupt: u64,
     /// All lanes stand at one position and no unit is partly applied.

@@ -2,13 +2,13 @@
 
 use std::future::Future;
 
-use bson::raw::RawDocumentBuf;
+use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry};
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{Floors, Resolved};
-use crate::model::{CollectionUuid, Incarnation, Position, StreamHash, Term};
+use crate::model::{Change, CollectionUuid, Incarnation, Position, StreamHash, Term};
 
 /// Why the target did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +43,8 @@ pub enum CommitError {
 pub enum Divergence {
     /// Some update, replace or delete of these changes matched nothing, or an inserted `_id` was there.
     Somewhere,
-    /// This change cannot be applied to the document as it is.
-    Document { collection: CollectionUuid, identity: u128 },
+    /// This change cannot be applied to the document as it is; `kind` as in [`Suspect`].
+    Document { collection: CollectionUuid, identity: u128, kind: &'static str },
     /// A document blocks a unique value: the fields that collide.
     Unique { collection: CollectionUuid, fields: RawDocumentBuf },
 }
@@ -70,6 +70,12 @@ pub struct Suspect {
     pub key: RawDocumentBuf,
     /// Why, for metrics and the log.
     pub kind: &'static str,
+}
+
+/// The key of a change's document.
+pub(super) fn key_of(item: &Item) -> Option<RawDocumentBuf> {
+    let document = RawDocument::from_bytes(&item.bytes).ok()?;
+    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }
 
 /// What is stored of a stream at its target.

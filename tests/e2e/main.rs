@@ -2,7 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests deal with real processes and real time")]
 
+mod corruption;
+mod divergence;
 mod kills;
+mod large;
+mod orphans;
+mod refusals;
 mod replicate;
 mod support;
 mod takeover;

@@ -257,10 +257,10 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
                 }
             }
         }
-        Divergence::Document { collection, identity } => {
+        Divergence::Document { collection, identity, kind } => {
             let same = |item: &&Item| item.collection == *collection && item.key == *identity;
             if let Some(key) = items.iter().find(same).and_then(key_of) {
-                suspects.push(Suspect { collection: *collection, identity: *identity, key, kind: "path" });
+                suspects.push(Suspect { collection: *collection, identity: *identity, key, kind });
             }
         }
         Divergence::Somewhere => {}
