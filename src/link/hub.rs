@@ -251,6 +251,13 @@ impl Hub {
         }
     }
 
+    /// Ends the open sessions in order, whoever dialled them: each is opened again at once, with the newest certificates.
+    pub fn renew_sessions(&self) {
+        for peer in self.shared.peers.values() {
+            peer.slot.end();
+        }
+    }
+
     /// The links.
     pub fn peers(&self) -> Vec<PeerStatus> {
         self.shared.peers.values().map(|peer| peer.status.borrow().clone()).collect()

@@ -79,8 +79,8 @@ fn peer(certificate: PeerCertificate, address: String) -> Peer {
     Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires) }
 }
 
-/// Looks at the certificate files about once a second until `cancel`.
-pub async fn follow_files(tls: Arc<Reloading>, cancel: CancellationToken) {
+/// Looks at the certificate files about once a second until `cancel`; calls `renewed` after new ones came into use.
+pub async fn follow_files(tls: Arc<Reloading>, renewed: impl Fn(), cancel: CancellationToken) {
     let mut tick = tokio::time::interval(REFRESH);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while cancel.run_until_cancelled(tick.tick()).await.is_some() {
@@ -88,7 +88,10 @@ pub async fn follow_files(tls: Arc<Reloading>, cancel: CancellationToken) {
         let found = tokio::task::spawn_blocking(move || looking.refresh()).await;
         match found {
             Ok(Refreshed::Unchanged) => {}
-            Ok(Refreshed::Renewed) => tracing::info!(expires = tls.expires(), "certificates were renewed"),
+            Ok(Refreshed::Renewed) => {
+                tracing::info!(expires = tls.expires(), "certificates were renewed");
+                renewed();
+            }
             Ok(Refreshed::Kept { problem }) => {
                 tracing::error!(problem, "new certificates cannot be used, the old ones stay in use; mend the files");
             }

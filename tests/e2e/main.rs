@@ -2,7 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "tests deal with real processes and real time")]
 
+mod handover;
 mod kills;
 mod replicate;
+mod secrets;
+mod starting;
 mod support;
 mod takeover;
+mod tls;
