@@ -192,7 +192,7 @@ impl Agent {
         let (renewing, expiring) = (hub.clone(), tls.clone());
         let own_certificate = move || {
             metrics.own_certificate_expires(expiring.expires().saturating_mul(1000));
-            renewing.renew_sessions();
+            renewing.renew_sessions(expiring.generation());
         };
         own_certificate();
         let control = ControlService::new(console, intake.clone()).into_server();

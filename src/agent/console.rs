@@ -222,10 +222,11 @@ impl AgentConsole {
         let mut found = Vec::new();
         let mongo = self.mongo.borrow().clone();
         if !mongo.reachable {
+            let error = if mongo.error.is_empty() { "it was not reached yet".to_owned() } else { mongo.error };
             found.push(problem(
                 "error",
                 "mongodb".into(),
-                mongo.error,
+                error,
                 "look at the replica set of this site; check uri, username and password_file under [mongodb]",
             ));
         }

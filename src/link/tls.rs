@@ -58,8 +58,9 @@ impl Transport for TlsTransport {
     fn connect<'a>(&'a self, address: &'a str, site: &'a SiteName) -> BoxFuture<'a, Result<Connection, String>> {
         Box::pin(async move {
             let expected = Expected::Site(site.to_string());
+            let shown = self.tls.generation();
             let (stream, certificate) = dial(address, &self.tls, expected).await.map_err(|error| explain(&error))?;
-            Ok(Connection::new(stream, peer(certificate, address.to_owned())))
+            Ok(Connection::new(stream, peer(certificate, address.to_owned(), shown)))
         })
     }
 
@@ -75,8 +76,8 @@ impl Transport for TlsTransport {
     }
 }
 
-fn peer(certificate: PeerCertificate, address: String) -> Peer {
-    Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires) }
+fn peer(certificate: PeerCertificate, address: String, shown: u64) -> Peer {
+    Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires), shown }
 }
 
 /// Looks at the certificate files about once a second until `cancel`; calls `renewed` after new ones came into use.
@@ -151,11 +152,12 @@ impl Acceptor {
     async fn handshake(&self, stream: TcpStream, from: String) -> Result<Connection, String> {
         let in_words = |error: io::Error| explain(&error);
         stream.set_nodelay(true).map_err(in_words)?;
+        let shown = self.tls.generation();
         let acceptor = tokio_rustls::TlsAcceptor::from(self.tls.server_config());
         let stream = acceptor.accept(stream).await.map_err(in_words)?;
         let chain = stream.get_ref().1.peer_certificates();
         let certificate = PeerCertificate::of(chain, self.tls.domain()).map_err(|error| error.to_string())?;
-        Ok(Connection::new(stream, peer(certificate, from)))
+        Ok(Connection::new(stream, peer(certificate, from, shown)))
     }
 }
 

@@ -202,7 +202,9 @@ impl<T: Tail> Capture<T> {
                 Disposition::Restart | Disposition::Operator => return Err(error),
             },
             EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
-            EndReason::Tail(TailError::HistoryLost(reason)) => (Phase::HistoryLost(reason), Some(RETRY_MAX)),
+            EndReason::Tail(error @ TailError::HistoryLost(_)) => {
+                (Phase::HistoryLost(error.to_string()), Some(RETRY_MAX))
+            }
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
