@@ -4,6 +4,7 @@
 //! The originating site captures and serves; a standby receives and applies. Every agent of a site captures or receives
 //! into its own disk; only the one that holds the site's lease ships and applies.
 
+mod allocator;
 mod clients;
 mod console;
 mod credentials;
@@ -28,8 +29,10 @@ use crate::admin::control::{Console as _, ControlService};
 use crate::admin::health::{self, Health, HealthServer, Heartbeat as Liveness, Latch, Readiness};
 use crate::admin::metrics::Metrics;
 use crate::admin::telemetry;
-use crate::apply::engine::{self, ApplyStatus, Engine};
+use crate::apply::engine::{self, Engine};
 use crate::apply::mongo::MongoTarget;
+use crate::apply::reconcile::reconcile;
+use crate::apply::status::ApplyStatus;
 use crate::config::{self, Config};
 use crate::lease::Lease;
 use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, TlsTransport, Transport as _};
@@ -56,6 +59,7 @@ type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
 /// Runs an agent in the foreground; the verb `farshore agent`.
 pub fn run(path: &Path) -> ExitCode {
+    allocator::bound();
     let config = match Config::load(path) {
         Ok(config) => config,
         Err(problems) => {
@@ -300,7 +304,7 @@ impl Agent {
                 if now.leader
                     && let Some((target, inbox)) = &inbox
                 {
-                    while let Err(error) = engine::reconcile(target, inbox, EPOCH).await {
+                    while let Err(error) = reconcile(target, inbox, EPOCH).await {
                         tracing::warn!(%error, "the inbox cannot be put in order yet, retrying");
                         tokio::select! {
                             () = intake.cancelled() => return Ok(()),
@@ -440,7 +444,7 @@ impl Agent {
 
 /// Part of the memory limit for changes on their way to lanes: the rest is RocksDB, rings, the link, the driver.
 fn apply_memory(limit: u64) -> usize {
-    usize::try_from(limit / 12).unwrap_or(usize::MAX)
+    usize::try_from(limit / 16).unwrap_or(usize::MAX)
 }
 
 struct SourceParts {

@@ -8,8 +8,6 @@ use std::path::{Path, PathBuf};
 
 /// A longer file has more than one job.
 const LONGEST_FILE: usize = 700;
-/// Files that are longer, and may not grow: path and lines.
-const LONGER_FILES: &[(&str, usize)] = &[("src/apply/engine.rs", 800)];
 
 /// Below `src/` and `crates/api/`, a crate may be imported in these files and folders only.
 const BORDERS: &[(&str, &[&str])] = &[
@@ -101,13 +99,8 @@ fn files_are_short() {
     let mut problems = Vec::new();
     for file in code() {
         let lines = read(&file).lines().count();
-        let exception = LONGER_FILES.iter().find(|(longer, _)| *longer == file);
-        let limit = exception.map_or(LONGEST_FILE, |(_, lines)| *lines);
-        if lines > limit {
-            problems.push(format!("{file}: {lines} lines, {limit} are allowed: split it by responsibility"));
-        }
-        if exception.is_some() && lines <= LONGEST_FILE {
-            problems.push(format!("{file} is short enough now: remove its exception"));
+        if lines > LONGEST_FILE {
+            problems.push(format!("{file}: {lines} lines, {LONGEST_FILE} are allowed: split it by responsibility"));
         }
     }
     nothing(problems);

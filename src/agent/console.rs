@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Clock;
 use crate::admin::control::{Console, Peek, PeekError, PeekLog};
-use crate::apply::engine::{ApplyStatus, Phase as ApplyPhase};
+use crate::apply::status::{ApplyStatus, Phase as ApplyPhase};
 use crate::config::Config;
 use crate::link::{Hub, Leadership, LinkState, SourceProgress};
 use crate::model::{Position, SiteName, StreamId};

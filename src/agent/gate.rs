@@ -144,7 +144,7 @@ impl FetchSource for Fetches {
 /// The link as apply sees it.
 pub(super) struct LinkFetch(pub(super) Arc<crate::link::Hub>);
 
-impl crate::apply::engine::FetchClient for LinkFetch {
+impl crate::apply::heal::FetchClient for LinkFetch {
     async fn fetch(&self, source: &SiteName, request: Fetch) -> Result<Fetched, String> {
         self.0.fetch(source, request).await.map_err(|error| error.to_string())
     }

@@ -3,19 +3,24 @@
 //! ```text
 //! inbox ─► route (units) ─► lanes (what may run) ─► plan (commands) ─► target (one transaction) ─► mongod
 //!                              ▲        │ DDL ─► ddl (by UUID) ─► catalog
-//!                              └────────┴── engine drives all of it
+//!                              └────────┴── session drives all of it, engine the sessions
 //! ```
 //!
-//! [`lanes`], [`plan`], [`delta`], [`route`] and [`store`] are pure; [`engine`] is the task; [`mongo`] and [`ddl`] talk to
+//! [`lanes`], [`plan`], [`delta`], [`route`] and [`store`] are pure; [`engine`] is the task, one `session` after
+//! another, [`heal`] applies a job of one; [`mongo`] and [`ddl`] talk to
 //! MongoDB behind the trait in [`target`], which simulations implement in memory.
 
 pub mod catalog;
 mod ddl;
 pub mod delta;
 pub mod engine;
+pub mod heal;
 pub mod lanes;
 pub mod mongo;
 pub mod plan;
+pub mod reconcile;
 pub mod route;
+mod session;
+pub mod status;
 pub mod store;
 pub mod target;

@@ -166,7 +166,7 @@ fn tls(mut section: Section<'_>) -> Option<Tls> {
 
 fn link(mut section: Section<'_>) -> Option<Link> {
     let listen = section.required::<SocketAddr>("listen");
-    let credit = section.within("credit", ByteSize::mib(32), ByteSize::mib(1)..=ByteSize::gib(4));
+    let credit = section.within("credit", ByteSize::mib(16), ByteSize::mib(1)..=ByteSize::gib(4));
     let heartbeat =
         section.within("heartbeat", Duration::from_millis(500), Duration::from_millis(50)..=Duration::from_secs(10));
     section.finish();

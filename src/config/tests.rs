@@ -52,7 +52,7 @@ fn defaults_are_as_documented() {
     assert_eq!((config.site.domain.as_str(), config.apply.workers), ("farshore", 4));
     assert_eq!((config.data.outbox_limit, config.data.retention), (ByteSize::gib(10), ByteSize::gib(5)));
     assert_eq!(config.data.retention_time, Duration::from_secs(86_400));
-    assert_eq!((config.link.credit, config.link.heartbeat), (ByteSize::mib(32), Duration::from_millis(500)));
+    assert_eq!((config.link.credit, config.link.heartbeat), (ByteSize::mib(16), Duration::from_millis(500)));
     assert_eq!((config.memory.limit, config.lease.ttl), (ByteSize::mib(256), Duration::from_secs(10)));
     assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Json, "info"));
     assert_eq!(config.admin.listen, SocketAddr::from(([127, 0, 0, 1], 8080)));

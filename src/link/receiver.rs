@@ -7,6 +7,7 @@
 //! acknowledgement is durable; credit is granted for records that are durable (or were not needed), so what waits in memory is
 //! bounded by the window and one record.
 
+use bytes::Bytes;
 use farshore_api::replication::v1 as pb;
 
 use super::wire::{Reason, Receiving, Rejection, identity, protocol, stale_epoch, stale_term};
@@ -167,7 +168,8 @@ impl Receiver {
         if self.waiting >= self.window.saturating_add(MAX_RAW as u64) {
             return Err(protocol("more was shipped than the credit allows"));
         }
-        let batch = Batch::decode(frame.record.clone()).map_err(bad_record)?;
+        // A slice would keep the transport's buffer, which is larger, for as long as the batch lives.
+        let batch = Batch::decode(Bytes::copy_from_slice(&frame.record)).map_err(bad_record)?;
         let mut actions = Vec::new();
         let newer_term = self.fence(frame, &batch)?;
         let have = match &self.chain {

@@ -19,7 +19,7 @@ const QUEUE_COMMANDS: usize = 256;
 /// Bytes waiting for a commit.
 const QUEUE_BYTES: usize = 16 << 20;
 /// Recent records kept in memory, per log.
-const RING_BYTES: usize = 16 << 20;
+const RING_BYTES: usize = 8 << 20;
 /// Part of the limit that only inboxes may use: receiving must go on when capture has filled the disk, because only
 /// then can both sides trim.
 const INBOX_RESERVE: u64 = 10;

@@ -29,6 +29,8 @@ use crate::model::Position;
 
 /// Newest store format this version reads, and the one it writes.
 const FORMAT: u32 = 1;
+/// Room for the states in a write.
+const STATES_BYTES: usize = 16 << 10;
 /// Its holder is the one process that may open the directory.
 const LOCK: &str = "farshore.lock";
 /// Column family of states and meta.
@@ -103,7 +105,9 @@ impl RocksStore {
     }
 
     fn write(&self, db: &Db, plan: &Plan<'_>) -> Result<(), Error> {
-        let mut batch = WriteBatch::default();
+        // At its size from the start: growing by doubling would hold three times the records for a moment.
+        let size: u64 = plan.records.iter().map(|new| ledger::size_of(new.batch)).sum();
+        let mut batch = WriteBatch::with_capacity_bytes(usize::try_from(size).unwrap_or(0) + STATES_BYTES);
         for new in &plan.records {
             let family = keys::family(new.log);
             if db.cf_handle(&family).is_none() {

@@ -5,7 +5,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use farshore::apply::engine::{self, Engine, FetchClient};
+use farshore::apply::engine::Engine;
+use farshore::apply::heal::FetchClient;
+use farshore::apply::reconcile::reconcile;
 use farshore::link::{
     FetchSource, Hub, HubConfig, HubInputs, Leadership, PeerConfig, Receiving, SourceProgress, StartGate, StartRefusal,
     Transport as _, server,
@@ -164,7 +166,7 @@ async fn lead(
     loop {
         let now = *lease.borrow_and_update();
         if now.leader {
-            while engine::reconcile(&*target, &inbox, EPOCH).await.is_err() {
+            while reconcile(&*target, &inbox, EPOCH).await.is_err() {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }

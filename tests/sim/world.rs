@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use farshore::apply::engine::{ApplyStatus, Options};
+use farshore::apply::engine::Options;
+use farshore::apply::status::ApplyStatus;
 use farshore::apply::target::{CommitError, TargetError, Transaction};
 use farshore::link::{Hub, Leadership};
 use farshore::model::{Position, Term};

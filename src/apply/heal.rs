@@ -1,0 +1,206 @@
+//! Applies one job: commits it, and fetches what the target has otherwise than its changes need (rule K).
+//!
+//! A job is tried until it commits or only a new session can help. Documents fetched on the way are written in the same
+//! transaction as the changes, with the floor below which later changes of theirs are dropped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use farshore_api::replication::v1::{Fetch, Fetched};
+
+use super::catalog::{Entries, Presence};
+use super::lanes::{Floor, Item, Job, LaneStep};
+use super::plan::{Floors, Resolved};
+use super::target::{CommitError, Divergence, Suspect, Target, TargetError, Transaction};
+use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
+
+/// Fetches documents from the source (rule K).
+pub trait FetchClient: Send + Sync + 'static {
+    /// Answers when the source could be asked; waits while the link is down.
+    fn fetch(&self, source: &SiteName, request: Fetch) -> impl Future<Output = Result<Fetched, String>> + Send;
+}
+
+pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
+pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Keys asked for in one fetch; the answer may hold fewer.
+const FETCH_KEYS: usize = 100;
+/// A job that keeps diverging without anything left to fetch is beyond healing by documents.
+const HEAL_ROUNDS: u32 = 20;
+
+/// What applying a job brought about besides the changes.
+#[derive(Default)]
+pub(super) struct Applied {
+    pub(super) floors: Vec<(LaneId, Floor)>,
+    pub(super) diverged: Vec<&'static str>,
+    pub(super) healed: u64,
+    pub(super) retries: u64,
+}
+
+/// Applies one job, fetching what diverged.
+pub(super) struct Apply<T, F> {
+    pub(super) target: Arc<T>,
+    pub(super) fetch: Arc<F>,
+    pub(super) source: SiteName,
+    pub(super) entries: Arc<Entries>,
+    pub(super) floors: Arc<Floors>,
+}
+
+impl<T: Target, F: FetchClient> Apply<T, F> {
+    pub(super) async fn run(&self, worker: usize, job: &Job) -> Result<Applied, TargetError> {
+        let mut applied = Applied::default();
+        let mut resolved: Vec<Resolved> = Vec::new();
+        let mut delay = RETRY_MIN;
+        let mut rounds = 0;
+        loop {
+            let lanes = self.with_floors(&job.lanes, &resolved, &mut applied.floors);
+            let transaction = Transaction {
+                lanes: &lanes,
+                items: &job.items,
+                resolved: &resolved,
+                entries: &self.entries,
+                floors: &self.floors,
+            };
+            match self.target.commit(worker, transaction).await {
+                Ok(()) => {
+                    applied.healed = resolved.len() as u64;
+                    return Ok(applied);
+                }
+                Err(CommitError::Target(TargetError::Transient(reason))) => {
+                    tracing::debug!(reason, "transaction tried again");
+                    applied.retries += 1;
+                    tokio::time::sleep(delay).await;
+                    delay = (delay * 2).min(RETRY_MAX);
+                }
+                Err(CommitError::Target(error)) => return Err(error),
+                Err(CommitError::Diverged(divergence)) => {
+                    rounds += 1;
+                    let found = self.heal(job, &divergence, &mut resolved, &mut applied).await?;
+                    if found == 0 && rounds >= HEAL_ROUNDS {
+                        return Err(TargetError::Fatal {
+                            message: format!("changes at {} keep failing: {divergence}", job.items[0].position),
+                            hint: "the target was changed by somebody else; verify and repair the collection",
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a change is applied at all: its document may be ahead already, its collection may not be replicated, and
+    /// then what is at the target says nothing about it.
+    fn applies(&self, item: &Item) -> bool {
+        let ahead = self.floors.get(&(item.collection, item.key)).is_some_and(|at| *at >= item.position.time);
+        let entry = self.entries.get(&item.collection);
+        !ahead && entry.is_some_and(|entry| matches!(entry.presence, Presence::Present(_)))
+    }
+
+    /// Fetches what diverged; returns how many documents that were.
+    async fn heal(
+        &self,
+        job: &Job,
+        divergence: &Divergence,
+        resolved: &mut Vec<Resolved>,
+        applied: &mut Applied,
+    ) -> Result<usize, TargetError> {
+        let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
+        let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
+        let known: BTreeSet<_> = resolved.iter().map(|r| (r.floor.collection, r.floor.key)).collect();
+        let mut wanted: BTreeMap<CollectionUuid, Vec<Suspect>> = BTreeMap::new();
+        let mut seen = BTreeSet::new();
+        for suspect in suspects {
+            let id = (suspect.collection, suspect.identity);
+            if !known.contains(&id) && seen.insert(id) {
+                wanted.entry(suspect.collection).or_default().push(suspect);
+            }
+        }
+        if wanted.is_empty() {
+            tokio::time::sleep(RETRY_MIN).await;
+        }
+        let mut count = 0;
+        for (collection, suspects) in wanted {
+            for suspect in &suspects {
+                let key = key_text(&suspect.key);
+                // Fetching is the ordinary way for what an event cannot say; everything else should not happen.
+                if matches!(suspect.kind, "path" | "large") {
+                    tracing::debug!(%collection, key, kind = suspect.kind, "document fetched again");
+                    continue;
+                }
+                tracing::warn!(%collection, key, kind = suspect.kind, "document differs from the source; fetched again");
+                applied.diverged.push(suspect.kind);
+            }
+            count += suspects.len();
+            resolved.extend(self.fetch_all(collection, suspects).await?);
+        }
+        Ok(count)
+    }
+
+    async fn fetch_all(
+        &self,
+        collection: CollectionUuid,
+        suspects: Vec<Suspect>,
+    ) -> Result<Vec<Resolved>, TargetError> {
+        let Some(entry) = self.entries.get(&collection) else { return Ok(Vec::new()) };
+        let mut resolved = Vec::new();
+        let mut rest = &suspects[..];
+        while !rest.is_empty() {
+            let part = &rest[..rest.len().min(FETCH_KEYS)];
+            let request = Fetch {
+                id: 0,
+                database: entry.db.clone(),
+                collection: entry.coll.clone(),
+                collection_uuid: Bytes::copy_from_slice(&collection.0),
+                keys: part.iter().map(|s| Bytes::copy_from_slice(s.key.as_bytes())).collect(),
+            };
+            let fetched = self.fetch.fetch(&self.source, request).await.map_err(TargetError::Transient)?;
+            if !fetched.error.is_empty() {
+                return Err(TargetError::Transient(format!("fetch from {}: {}", self.source, fetched.error)));
+            }
+            let at = ClusterTime(fetched.at);
+            let answered = if fetched.collection_gone { part.len() } else { fetched.documents.len().min(part.len()) };
+            if answered == 0 {
+                return Err(TargetError::Transient(format!("fetch from {}: an empty answer", self.source)));
+            }
+            for (index, suspect) in part[..answered].iter().enumerate() {
+                let document = fetched.documents.get(index).filter(|d| !d.is_empty() && !fetched.collection_gone);
+                let floor = Floor { collection, key: suspect.identity, at };
+                resolved.push(Resolved { floor, key: suspect.key.clone(), document: document.cloned() });
+            }
+            rest = &rest[answered..];
+        }
+        Ok(resolved)
+    }
+
+    /// The lane states to store: floors of fetched documents go to the lane their changes come in.
+    fn with_floors(
+        &self,
+        lanes: &[LaneStep],
+        resolved: &[Resolved],
+        added: &mut Vec<(LaneId, Floor)>,
+    ) -> Vec<LaneStep> {
+        let mut lanes = lanes.to_vec();
+        added.clear();
+        for one in resolved {
+            let collection = one.floor.collection;
+            let one_lane = self.entries.get(&collection).is_some_and(|entry| entry.one_lane);
+            let own = raw::get(&one.key, "_id").map(|id| hash::lane_of(collection, &id));
+            let lane = if one_lane { Some(hash::lane_of_collection(collection)) } else { own };
+            if let Some(step) = lanes.iter_mut().find(|step| Some(step.lane) == lane) {
+                step.to.floors.push(one.floor.clone());
+                added.push((step.lane, one.floor.clone()));
+            }
+        }
+        lanes
+    }
+}
+
+fn key_text(key: &bson::RawDocument) -> String {
+    let value = bson::Document::try_from(key).map(|d| bson::Bson::Document(d).into_relaxed_extjson().to_string());
+    let mut text = value.unwrap_or_else(|_| "unreadable".into());
+    if let Some((end, _)) = text.char_indices().nth(200) {
+        text.truncate(end);
+    }
+    text
+}
