@@ -482,8 +482,12 @@ impl SourceParts {
         let untouched = beginning.collections.is_empty()
             && self.outbox.state().is_none_or(|state| state.incarnation != incarnation);
         let (early, at) = (handle.clone(), Position::through(beginning.at));
+        let client = self.client.clone();
         let begin = async move {
-            if untouched && let Err(error) = early.begin(at, Default::default()).await {
+            // Where the oplog no longer reaches back, only what a target has says where to begin.
+            let kept =
+                untouched && mongo::oldest_oplog_time(&client).await.is_ok_and(|o| o.is_some_and(|o| o <= at.time));
+            if kept && let Err(error) = early.begin(at, Default::default()).await {
                 tracing::debug!(%error, "the stream begins when a target asks for it");
             }
             std::future::pending().await

@@ -80,7 +80,8 @@ async fn session(agent: &AgentProcess, identity: &Identity, site: &str) -> Resul
 async fn who_has_no_certificate_of_the_fleet_is_not_let_in() -> Result<()> {
     let mut pair = pair(PairOptions::default()).await?;
     let pki = &pair.pki;
-    let (member, strange) = (pki.identity(Role::Operator, "jo")?, pki.stranger()?.identity(Role::Site, "north")?);
+    let (member, strangers) = (pki.identity(Role::Operator, "jo")?, pki.stranger()?);
+    let strange = strangers.identity(Role::Site, "north")?;
     // A stranger who trusts us: it is on the agent to refuse him.
     Pki::trust(&strange, &[pki])?;
     let expired = pki.expired(Role::Site, "north")?;
