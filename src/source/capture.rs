@@ -105,6 +105,8 @@ pub struct Capture<T> {
 const PREFETCH: usize = 1;
 /// Batches queued for fsync at once.
 const IN_FLIGHT: usize = 32;
+/// What to do about lost history.
+pub const RESYNC: &str = "copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The resume token is persisted at least this often while nothing is captured, so it never ages out of the oplog.
@@ -203,7 +205,9 @@ impl<T: Tail> Capture<T> {
                 Disposition::Restart | Disposition::Operator => return Err(error),
             },
             EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
-            EndReason::Tail(TailError::HistoryLost(reason)) => (Phase::HistoryLost(reason), Some(RETRY_MAX)),
+            EndReason::Tail(error @ TailError::HistoryLost(_)) => {
+                (Phase::HistoryLost(error.to_string()), Some(RETRY_MAX))
+            }
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
@@ -224,7 +228,7 @@ impl<T: Tail> Capture<T> {
                 tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped")
             }
             Phase::HistoryLost(reason) => {
-                tracing::error!(reason, hint = "the target needs a resync", "capture stopped")
+                tracing::error!(reason, hint = RESYNC, "capture stopped")
             }
             Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
         }
