@@ -4,7 +4,6 @@
 //! The originating site captures and serves; a standby receives and applies. Every agent of a site captures or receives
 //! into its own disk; only the one that holds the site's lease ships and applies.
 
-mod allocator;
 mod clients;
 mod console;
 mod credentials;
@@ -59,7 +58,7 @@ type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
 /// Runs an agent in the foreground; the verb `farshore agent`.
 pub fn run(path: &Path) -> ExitCode {
-    allocator::bound();
+    process::bound_allocator();
     let config = match Config::load(path) {
         Ok(config) => config,
         Err(problems) => {
