@@ -104,7 +104,9 @@ pub fn classify(error: &DriverError) -> Kind {
         if TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) { Kind::Transient } else { Kind::Command(code) }
     };
     match &*error.kind {
-        ErrorKind::Io(_)
+        // A login refused while a connection is made: the password may be about to change here or there.
+        ErrorKind::Authentication { .. }
+        | ErrorKind::Io(_)
         | ErrorKind::ConnectionPoolCleared { .. }
         | ErrorKind::ServerSelection { .. }
         | ErrorKind::DnsResolve { .. } => Kind::Transient,

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::link::{Hub, Leadership, LinkState, SourceProgress};
 use crate::model::{Position, SiteName, StreamId};
 use crate::outbox::{self, Level, Log, LogId, LogState, Logs};
-use crate::source::capture::{CaptureStatus, Phase as CapturePhase};
+use crate::source::capture::{self, CaptureStatus, Phase as CapturePhase};
 use crate::source::heartbeat::Head;
 
 /// What is known of the site's MongoDB.
@@ -94,16 +94,15 @@ impl AgentConsole {
     fn outgoing(&self, peer: &SiteName) -> pb::StreamStatus {
         let stream = StreamId { source: self.site().clone(), target: peer.clone() };
         let view = self.hub.stream_view(&stream).unwrap_or_default();
-        let (capture, progress) = (self.capture.borrow().clone(), *self.progress.borrow());
+        let (capturing, progress) = (self.capture.borrow().clone(), *self.progress.borrow());
         let state = self.log(&LogId::Outbox).1;
-        let (mut name, mut reason) = match &capture.phase {
+        let (mut name, mut reason) = match &capturing.phase {
             CapturePhase::Waiting => ("waiting", "no target has asked for the stream yet".to_owned()),
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
             CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
-            CapturePhase::Full(reason) | CapturePhase::HistoryLost(reason) | CapturePhase::Failed(reason) => {
-                ("failed", reason.clone())
-            }
+            CapturePhase::HistoryLost(reason) => ("failed", format!("{reason} ({})", capture::RESYNC)),
+            CapturePhase::Full(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {
             (name, reason) = ("refused", rejection.message.clone());
@@ -128,8 +127,8 @@ impl AgentConsole {
                 .zip(received)
                 .map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
             datum_age_ms: -1,
-            changes: capture.changes,
-            bytes: capture.bytes,
+            changes: capturing.changes,
+            bytes: capturing.bytes,
             corrupt_records: view.counters.corrupt_records,
             hash: state.map(|s| s.hash.to_string()).unwrap_or_default(),
             ..Default::default()
@@ -235,8 +234,13 @@ impl AgentConsole {
         let mut found = Vec::new();
         let mongo = self.mongo.borrow().clone();
         if !mongo.reachable {
-            let reason = if mongo.error.is_empty() { "it was not reached yet".to_owned() } else { mongo.error };
-            found.push(problem("error", "mongodb".into(), reason, "look at the replica set of this site"));
+            let error = if mongo.error.is_empty() { "it was not reached yet".to_owned() } else { mongo.error };
+            found.push(problem(
+                "error",
+                "mongodb".into(),
+                error,
+                "look at the replica set of this site; check uri, username and password_file under [mongodb]",
+            ));
         }
         if let Some(reason) = self.logs.failed() {
             found.push(problem("error", "data".into(), reason, "free or repair the disk, then restart the agent"));

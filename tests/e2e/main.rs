@@ -4,10 +4,14 @@
 
 mod corruption;
 mod divergence;
+mod handover;
 mod kills;
 mod large;
 mod orphans;
 mod refusals;
 mod replicate;
+mod secrets;
+mod starting;
 mod support;
 mod takeover;
+mod tls;
