@@ -120,7 +120,7 @@ pub(crate) fn delta(bytes: &[u8]) {
     if delta.is_plain() {
         let update = match delta.plain_update() {
             PlainUpdate::Operators(update) => update,
-            PlainUpdate::Pipeline { stages, .. } => stages,
+            PlainUpdate::Pipeline(stages) => stages,
         };
         RawDocument::from_bytes(update.as_bytes()).expect("an update is a document");
     }

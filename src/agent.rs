@@ -4,11 +4,13 @@
 //! The originating site captures and serves; a standby receives and applies. Every agent of a site captures or receives
 //! into its own disk; only the one that holds the site's lease ships and applies.
 
-mod allocator;
 mod clients;
 mod console;
 mod counts;
+mod credentials;
 mod gate;
+mod process;
+mod ready;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -57,7 +59,7 @@ type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
 /// Runs an agent in the foreground; the verb `farshore agent`.
 pub fn run(path: &Path) -> ExitCode {
-    allocator::bound();
+    process::bound_allocator();
     let config = match Config::load(path) {
         Ok(config) => config,
         Err(problems) => {
@@ -70,7 +72,7 @@ pub fn run(path: &Path) -> ExitCode {
         eprintln!("{error}");
         return ExitCode::from(2);
     }
-    abort_on_panic();
+    process::abort_on_panic();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let stop = match runtime {
         Ok(runtime) => runtime.block_on(Agent::run(Arc::new(config))),
@@ -78,6 +80,7 @@ pub fn run(path: &Path) -> ExitCode {
     };
     match stop {
         Ok(Stop::Requested) => ExitCode::SUCCESS,
+        Ok(Stop::Renewed) => process::start_again(),
         Ok(Stop::Ended { task, reason }) => {
             tracing::error!(task, reason, "the agent stops");
             ExitCode::FAILURE
@@ -89,21 +92,13 @@ pub fn run(path: &Path) -> ExitCode {
     }
 }
 
-/// A panic is a broken invariant: the process ends at once and starts again from what is stored.
-fn abort_on_panic() {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        print(info);
-        std::process::abort();
-    }));
-}
-
 /// What every part of the agent is made from.
 struct Agent {
     config: Arc<Config>,
     tasks: TaskTracker,
     supervisor: Supervisor,
     client: Client,
+    credentials: credentials::Credentials,
     logs: Arc<Logs>,
     lease: watch::Sender<Leadership>,
     /// What the link sees: leading only when the inbox is in order.
@@ -121,6 +116,7 @@ impl Agent {
         for warning in &config.warnings {
             tracing::warn!(key = warning.key, "{}; {}", warning.what, warning.mend);
         }
+        let mut signals = process::Signals::catch()?;
         let (readiness, startup) = Readiness::new();
         let metrics = Arc::new(Metrics::new());
         let alive = Arc::new(Liveness::new(Instant::now()));
@@ -129,11 +125,13 @@ impl Agent {
         let tasks = TaskTracker::new();
         let logs = open_logs(&config, &tasks).await?;
         let connections = u32::try_from(config.apply.workers).unwrap_or(64) + 12;
+        let credentials = credentials::Credentials::read(&config.mongodb)?;
         let client = clients::connect(&config.mongodb, connections).await?;
         let mut agent = Self {
             tasks,
             supervisor: Supervisor::new(),
             client,
+            credentials,
             logs,
             lease: watch::Sender::default(),
             carrying: watch::Sender::default(),
@@ -145,11 +143,12 @@ impl Agent {
             apply: watch::Sender::default(),
             config,
         };
-        agent.start(tls, alive, metrics, startup).await?;
-        let stop = agent.wait().await;
+        agent.start(tls, alive, metrics, &readiness, startup).await?;
+        let stop = agent.wait(&mut signals).await;
         let _stopping = readiness.latch("stopping");
         agent.stop().await;
-        Ok(stop)
+        // Who wants it to end gets that, whatever it was about to do.
+        Ok(if signals.came() { Stop::Requested } else { stop })
     }
 
     fn originates(&self) -> bool {
@@ -166,6 +165,7 @@ impl Agent {
         tls: Arc<Reloading>,
         alive: Arc<Liveness>,
         metrics: Arc<Metrics>,
+        readiness: &Readiness,
         startup: Latch,
     ) -> Result<(), String> {
         let intake = self.supervisor.token(Stage::Intake);
@@ -193,7 +193,12 @@ impl Agent {
         let console = Arc::new(self.console(hub.clone()));
         let seen = console.clone();
         metrics.observe(move || seen.observation());
-        metrics.own_certificate_expires(tls.expires().saturating_mul(1000));
+        let (renewing, expiring) = (hub.clone(), tls.clone());
+        let own_certificate = move || {
+            metrics.own_certificate_expires(expiring.expires().saturating_mul(1000));
+            renewing.renew_sessions(expiring.generation());
+        };
+        own_certificate();
         let control = ControlService::new(console, intake.clone()).into_server();
         let routes = tonic::service::Routes::new(control);
         let serve_until = intake.clone();
@@ -201,11 +206,13 @@ impl Agent {
             crate::link::server::serve(&hub, routes, listener, serve_until).await
         });
         self.supervisor.spawn(Stage::Intake, "certificates", async move {
-            crate::link::follow_files(tls, intake).await;
+            crate::link::follow_files(tls, own_certificate, intake).await;
             Ok(())
         });
         let base = self.supervisor.token(Stage::Base);
-        self.supervisor.spawn(Stage::Base, "liveness", beat(alive, base));
+        self.supervisor.spawn(Stage::Base, "liveness", beat(alive, base.clone()));
+        let ready = ready::Ready::new(readiness.clone(), self.mongo.subscribe(), self.capture.subscribe());
+        self.supervisor.spawn(Stage::Base, "readiness", ready.follow(base));
         drop(startup);
         tracing::info!(site = %self.config.site.name, group = self.config.group.name, listen = %self.config.link.listen, agent = %self.logs.agent_id(), "agent started");
         Ok(())
@@ -323,6 +330,7 @@ impl Agent {
         let intake = self.supervisor.token(Stage::Intake);
         let parts = SourceParts {
             client: self.client.clone(),
+            config: self.config.clone(),
             gate,
             outbox: self.logs.log(&LogId::Outbox),
             site: self.config.site.name.clone(),
@@ -358,11 +366,12 @@ impl Agent {
 
     fn watch_mongo(&mut self) {
         let (client, mongo, head) = (self.client.clone(), self.mongo.clone(), self.head.clone());
+        let config = self.config.clone();
         let intake = self.supervisor.token(Stage::Intake);
         self.supervisor.spawn(Stage::Intake, "mongodb", async move {
             let mut flapping = telemetry::Flapping::default();
             loop {
-                let view = look_at_mongo(&client, &mut flapping).await;
+                let view = look_at_mongo(&client, &config.mongodb, &mut flapping).await;
                 if let Ok(Some(oldest)) = mongo::oldest_oplog_time(&client).await {
                     head.send_modify(|head| head.oldest = oldest);
                 }
@@ -415,17 +424,16 @@ impl Agent {
         });
     }
 
-    async fn wait(&mut self) -> Stop {
-        use tokio::signal::unix::{SignalKind, signal};
-        let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-            return Stop::Ended { task: "signals", reason: "signals cannot be received".into() };
-        };
+    async fn wait(&mut self, signals: &mut process::Signals) -> Stop {
         let stop = tokio::select! {
+            biased;
+            () = signals.next() => Stop::Requested,
             stop = self.supervisor.failed() => stop,
-            _ = terminate.recv() => Stop::Requested,
-            _ = interrupt.recv() => Stop::Requested,
+            () = self.credentials.renewed() => Stop::Renewed,
         };
+        if matches!(stop, Stop::Renewed) {
+            tracing::info!("the login to MongoDB was changed and works: the agent starts again with it");
+        }
         tracing::info!(?stop, "stopping");
         stop
     }
@@ -448,6 +456,7 @@ fn apply_memory(limit: u64) -> usize {
 
 struct SourceParts {
     client: Client,
+    config: Arc<Config>,
     gate: Arc<gate::Gate>,
     outbox: crate::outbox::Log,
     site: SiteName,
@@ -481,8 +490,12 @@ impl SourceParts {
         let untouched = beginning.collections.is_empty()
             && self.outbox.state().is_none_or(|state| state.incarnation != incarnation);
         let (early, at) = (handle.clone(), Position::through(beginning.at));
+        let client = self.client.clone();
         let begin = async move {
-            if untouched && let Err(error) = early.begin(at, Default::default()).await {
+            // Where the oplog no longer reaches back, only what a target has says where to begin.
+            let kept =
+                untouched && mongo::oldest_oplog_time(&client).await.is_ok_and(|o| o.is_some_and(|o| o <= at.time));
+            if kept && let Err(error) = early.begin(at, Default::default()).await {
                 tracing::debug!(%error, "the stream begins when a target asks for it");
             }
             std::future::pending().await
@@ -509,7 +522,7 @@ impl SourceParts {
     }
 
     async fn look(&self, flapping: &mut telemetry::Flapping) -> Option<(History, origin::Beginning)> {
-        let (view, info) = look_at_mongo(&self.client, flapping).await;
+        let (view, info) = look_at_mongo(&self.client, &self.config.mongodb, flapping).await;
         self.mongo.send_replace(view);
         let info = info?;
         let found = async {
@@ -534,7 +547,7 @@ impl SourceParts {
     async fn watch(&self, flapping: &mut telemetry::Flapping) {
         loop {
             tokio::time::sleep(WATCH_MONGO).await;
-            let (view, _) = look_at_mongo(&self.client, flapping).await;
+            let (view, _) = look_at_mongo(&self.client, &self.config.mongodb, flapping).await;
             self.mongo.send_replace(view);
         }
     }
@@ -583,7 +596,11 @@ impl SourceParts {
     }
 }
 
-async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (MongoView, Option<mongo::ServerInfo>) {
+async fn look_at_mongo(
+    client: &Client,
+    config: &config::MongoDb,
+    flapping: &mut telemetry::Flapping,
+) -> (MongoView, Option<mongo::ServerInfo>) {
     let refused = |error: String| MongoView { error, ..MongoView::default() };
     match mongo::server_info(client).await {
         Ok(Ok(info)) if info.wire_version < WIRE_6_0 => {
@@ -606,8 +623,10 @@ async fn look_at_mongo(client: &Client, flapping: &mut telemetry::Flapping) -> (
             (refused(reason.to_owned()), None)
         }
         Err(failure) => {
-            flapping.warn(Instant::now(), "mongodb", &failure);
-            (MongoView { error: failure.to_string(), ..MongoView::default() }, None)
+            let known = if failure.is_transient() { clients::diagnose(config).await } else { None };
+            let error = known.unwrap_or_else(|| failure.to_string());
+            flapping.warn(Instant::now(), "mongodb", &error);
+            (refused(error), None)
         }
     }
 }

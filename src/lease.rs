@@ -18,6 +18,9 @@ use crate::link::Leadership;
 use crate::model::{AgentId, Term};
 use crate::mongo::Failure;
 
+/// How often an agent that waits looks whether the lease was given back.
+const WAITING: Duration = Duration::from_secs(1);
+
 /// Keeps or waits for the lease.
 #[derive(Debug)]
 pub struct Lease {
@@ -105,9 +108,10 @@ impl Lease {
                     }
                 }
             }
+            let pause = if self.state.borrow().leader { self.ttl / 4 } else { WAITING.min(self.ttl / 4) };
             tokio::select! {
                 () = cancel.cancelled() => break,
-                () = tokio::time::sleep(self.ttl / 4) => {}
+                () = tokio::time::sleep(pause) => {}
             }
         }
         self.give_back().await;

@@ -21,6 +21,7 @@ pub mod code {
     pub const INVALID_RESUME_TOKEN: i32 = 260;
     pub const UUID_MISMATCH: i32 = 361;
     pub const EVENT_TOO_LARGE: i32 = 10334;
+    pub const TOO_LARGE_FOR_CACHE: i32 = 388;
     pub const DUPLICATE_KEY: i32 = 11000;
     pub const USER_WRITES_BLOCKED: i32 = 371;
     pub const SNAPSHOT_UNAVAILABLE: i32 = 246;
@@ -119,7 +120,9 @@ pub fn classify(error: &DriverError) -> Kind {
         };
     }
     match &*error.kind {
-        ErrorKind::Io(_)
+        // A login refused while a connection is made: the password may be about to change here or there.
+        ErrorKind::Authentication { .. }
+        | ErrorKind::Io(_)
         | ErrorKind::ConnectionPoolCleared { .. }
         | ErrorKind::ServerSelection { .. }
         | ErrorKind::DnsResolve { .. } => Kind::Transient,

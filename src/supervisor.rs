@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 pub enum Stop {
     /// It was told to.
     Requested,
+    /// It is to start again with a changed login to MongoDB.
+    Renewed,
     /// A long task ended by itself.
     Ended { task: &'static str, reason: String },
 }

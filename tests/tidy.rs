@@ -21,6 +21,7 @@ const BORDERS: &[(&str, &[&str])] = &[
             "src/source/",
             "src/apply/mongo.rs",
             "src/apply/ddl.rs",
+            "src/apply/holders.rs",
             "src/apply/store.rs",
         ],
     ),

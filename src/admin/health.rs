@@ -1,7 +1,7 @@
 //! `/startupz`, `/livez`, `/readyz` and `/metrics` on the plain admin port.
 //!
 //! - ready: every [`Latch`] was dropped. A part that must be up before the control service can answer holds one.
-//! - started: ready was true once; it stays true.
+//! - started: the latch of the start was dropped; it stays true, and MongoDB or a peer that is away changes nothing.
 //! - alive: the main runtime moved the [`Heartbeat`] within 30 s. Nothing else: a site without MongoDB or without its
 //!   peer must not be restarted for it.
 //!
@@ -26,6 +26,8 @@ use super::metrics::Metrics;
 
 /// Silence of the main runtime after which it counts as stuck.
 pub const STALE_AFTER: Duration = Duration::from_secs(30);
+/// The latch of the start.
+const STARTUP: &str = "startup";
 
 /// Why the admin port cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +43,7 @@ pub enum Error {
 #[derive(Default)]
 struct Latches {
     held: BTreeMap<&'static str, usize>,
-    ready_once: bool,
+    started: bool,
 }
 
 /// Whether the agent can serve.
@@ -59,7 +61,7 @@ impl Readiness {
     /// Not ready until the latch that comes with it was dropped: take all others before that.
     pub fn new() -> (Self, Latch) {
         let readiness = Self::default();
-        let latch = readiness.latch("startup");
+        let latch = readiness.latch(STARTUP);
         (readiness, latch)
     }
 
@@ -74,8 +76,8 @@ impl Readiness {
         self.lock().held.keys().copied().collect()
     }
 
-    fn was_ready(&self) -> bool {
-        self.lock().ready_once
+    fn has_started(&self) -> bool {
+        self.lock().started
     }
 
     fn lock(&self) -> MutexGuard<'_, Latches> {
@@ -91,7 +93,7 @@ impl Drop for Latch {
         if *count == 0 {
             latches.held.remove(self.name);
         }
-        latches.ready_once |= latches.held.is_empty();
+        latches.started |= self.name == STARTUP;
     }
 }
 
@@ -202,7 +204,7 @@ fn router(health: Health) -> Router {
 }
 
 async fn startupz(State(health): State<Health>) -> (StatusCode, String) {
-    verdict(health.readiness.was_ready(), || waiting(&health.readiness))
+    verdict(health.readiness.has_started(), || waiting(&health.readiness))
 }
 
 async fn readyz(State(health): State<Health>) -> (StatusCode, String) {
@@ -259,10 +261,14 @@ mod tests {
     fn ready_means_that_every_latch_was_dropped() {
         let (server, readiness, startup, _) = start(STALE_AFTER);
         let store = readiness.latch("outbox");
+        assert!(get(&server, "/startupz").starts_with("HTTP/1.1 503"));
         drop(startup);
         let answer = get(&server, "/readyz");
         assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("waiting for: outbox\n"), "{answer}");
-        assert!(get(&server, "/startupz").starts_with("HTTP/1.1 503"));
+        assert!(
+            get(&server, "/startupz").starts_with("HTTP/1.1 200"),
+            "a part that is not ready is no reason to restart"
+        );
         drop(store);
         assert!(get(&server, "/readyz").starts_with("HTTP/1.1 200"));
         let _stopping = readiness.latch("shutdown");

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::link::{Hub, Leadership, LinkState, SourceProgress};
 use crate::model::{Position, SiteName, StreamId};
 use crate::outbox::{self, Level, Log, LogId, LogState, Logs};
-use crate::source::capture::{CaptureStatus, Phase as CapturePhase};
+use crate::source::capture::{self, CaptureStatus, Phase as CapturePhase};
 use crate::source::heartbeat::Head;
 
 /// What is known of the site's MongoDB.
@@ -80,20 +80,29 @@ impl AgentConsole {
         })
     }
 
+    /// State and reason of a stream whose session did not come about or ended.
+    fn no_session(&self, peer: &SiteName, otherwise: &str) -> (&'static str, String) {
+        let link = self.hub.peers().into_iter().find(|link| link.site == *peer && link.state == LinkState::Refused);
+        match link {
+            Some(link) if link.hint.is_empty() => ("refused", link.error),
+            Some(link) => ("refused", format!("{} ({})", link.error, link.hint)),
+            None => ("waiting", otherwise.to_owned()),
+        }
+    }
+
     /// Streams this site originates, as the source sees them.
     fn outgoing(&self, peer: &SiteName) -> pb::StreamStatus {
         let stream = StreamId { source: self.site().clone(), target: peer.clone() };
         let view = self.hub.stream_view(&stream).unwrap_or_default();
-        let (capture, progress) = (self.capture.borrow().clone(), *self.progress.borrow());
+        let (capturing, progress) = (self.capture.borrow().clone(), *self.progress.borrow());
         let state = self.log(&LogId::Outbox).1;
-        let (mut name, mut reason) = match &capture.phase {
+        let (mut name, mut reason) = match &capturing.phase {
             CapturePhase::Waiting => ("waiting", "no target has asked for the stream yet".to_owned()),
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
-            CapturePhase::Streaming => ("waiting", "there is no session with the target".to_owned()),
+            CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
-            CapturePhase::Full(reason) | CapturePhase::HistoryLost(reason) | CapturePhase::Failed(reason) => {
-                ("failed", reason.clone())
-            }
+            CapturePhase::HistoryLost(reason) => ("failed", format!("{reason} ({})", capture::RESYNC)),
+            CapturePhase::Full(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {
             (name, reason) = ("refused", rejection.message.clone());
@@ -118,9 +127,9 @@ impl AgentConsole {
                 .zip(received)
                 .map_or(-1, |(a, r)| lag_ms(r.time.millis(), Some(a.time.millis()))),
             datum_age_ms: view.heard.map_or(-1, age_ms),
-            changes: capture.flow.changes(),
-            bytes: capture.flow.bytes,
-            ddl: capture.flow.ddl,
+            changes: capturing.flow.changes(),
+            bytes: capturing.flow.bytes,
+            ddl: capturing.flow.ddl,
             corrupt_records: view.counters.corrupt_records,
             hash: state.map(|s| s.hash.to_string()).unwrap_or_default(),
             ..Default::default()
@@ -143,7 +152,7 @@ impl AgentConsole {
             (ApplyPhase::Failed { message, hint }, _) => ("failed", format!("{message} ({hint})")),
             (_, Some((rejection, _))) => ("refused", format!("{} ({})", rejection.message, rejection.hint)),
             (ApplyPhase::Retrying(reason), _) => ("waiting", reason.clone()),
-            _ if !view.open => ("waiting", "there is no session with the source".to_owned()),
+            _ if !view.open => self.no_session(source, "there is no session with the source"),
             (ApplyPhase::Waiting, _) => ("waiting", "nothing was received yet".to_owned()),
             (ApplyPhase::Running, _) => {
                 let behind = apply
@@ -162,6 +171,7 @@ impl AgentConsole {
         };
         let applied = apply.applied;
         let diverged = apply.diverged.values().sum();
+        let diverged_kinds = apply.diverged.iter().map(|(kind, count)| (kind.as_str().to_owned(), *count));
         let refused = apply.refused.iter().map(|(namespace, reason)| pb::RefusedCollection {
             namespace: namespace.clone(),
             reason: reason.clone(),
@@ -194,6 +204,7 @@ impl AgentConsole {
             consistent_from: apply.consistent_from.and_then(|time| at(Some(Position::through(time)))),
             refused: refused.collect(),
             hash: apply.hash.to_string(),
+            diverged_kinds: diverged_kinds.collect(),
         }
     }
 
@@ -227,8 +238,13 @@ impl AgentConsole {
         let mut found = Vec::new();
         let mongo = self.mongo.borrow().clone();
         if !mongo.reachable {
-            let error = if mongo.error.is_empty() { "not reached yet".into() } else { mongo.error };
-            found.push(problem("error", "mongodb".into(), error, "look at the replica set of this site"));
+            let error = if mongo.error.is_empty() { "it was not reached yet".to_owned() } else { mongo.error };
+            found.push(problem(
+                "error",
+                "mongodb".into(),
+                error,
+                "look at the replica set of this site; check uri, username and password_file under [mongodb]",
+            ));
         }
         if let Some(reason) = self.logs.failed() {
             found.push(problem("error", "data".into(), reason, "free or repair the disk, then restart the agent"));

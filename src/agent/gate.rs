@@ -11,7 +11,7 @@ use crate::link::{FetchSource, Receiving, StartGate, StartRefusal};
 use crate::model::{ClusterTime, Incarnation, Position, SiteName, StreamHash};
 use crate::mongo::{self, Failure};
 use crate::outbox::{Log, LogState};
-use crate::source::capture::CaptureHandle;
+use crate::source::capture::{self, CaptureHandle, Phase};
 use crate::source::fetch::Fetcher;
 use crate::source::origin::Beginning;
 
@@ -85,8 +85,16 @@ impl Gate {
                 (Position::through(source.beginning.at), StreamHash::default())
             }
         };
-        if state.is_some_and(|state| reaches(&state, at)) {
-            return Ok(());
+        let lost = match &source.capture.status().borrow().phase {
+            Phase::HistoryLost(reason) => Some(reason.clone()),
+            _ => None,
+        };
+        match (state, lost) {
+            (Some(state), Some(reason)) if at == state.end => return Err(refusal(reason, capture::RESYNC)),
+            // What this outbox cannot go on from, another agent of the site has shipped: it begins anew behind that.
+            (Some(state), Some(_)) if at > state.end => {}
+            (Some(state), _) if reaches(&state, at) => return Ok(()),
+            _ => {}
         }
         self.check_oplog(at.time).await?;
         let begun = source.capture.begin(at, hash).await;

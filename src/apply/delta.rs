@@ -19,9 +19,12 @@ pub enum DeltaError {
     /// Not shaped like an update description.
     #[error("update description: {0}")]
     Shape(&'static str),
-    /// The path means more than one thing, or nothing, in this document.
+    /// The path may mean more than one thing in this document.
     #[error("path '{0}' cannot be resolved in the document")]
     Ambiguous(String),
+    /// The path means nothing in this document, so it is not what the source's was.
+    #[error("path '{0}' leads nowhere in the document")]
+    Missing(String),
 }
 
 /// A parsed update description.
@@ -64,11 +67,12 @@ impl<'a> Delta<'a> {
         Ok(delta)
     }
 
-    /// Whether every path is one plain top-level name, so that no document has to be looked at.
+    /// Whether every path is one plain top-level name, so that no document has to be looked at. Such an update does the
+    /// same whatever the fields hold; a truncation needs an array.
     pub fn is_plain(&self) -> bool {
         let mut paths = self.set.iter().map(|e| e.key).chain(self.unset.iter().copied());
         let plain = |path: &str| !path.is_empty() && !path.starts_with('$') && !path.contains('.');
-        paths.all(plain) && self.truncate.iter().all(|(p, _)| plain(p))
+        self.truncate.is_empty() && paths.all(plain)
     }
 
     /// The update (`u` of an update statement) for a plain delta. New fields end up in event order: `$set` appends names
@@ -80,10 +84,7 @@ impl<'a> Delta<'a> {
         if self.set.len() < 2 || (sorted && !numeric) {
             PlainUpdate::Operators(self.operators())
         } else {
-            PlainUpdate::Pipeline {
-                first: (!self.truncate.is_empty()).then(|| self.truncations_only()),
-                stages: self.pipeline(),
-            }
+            PlainUpdate::Pipeline(self.pipeline())
         }
     }
 
@@ -96,7 +97,6 @@ impl<'a> Delta<'a> {
             }
             update.end();
         }
-        self.write_truncations(&mut update);
         if !self.set.is_empty() {
             update.begin_document("$set");
             for element in &self.set {
@@ -104,27 +104,6 @@ impl<'a> Delta<'a> {
             }
             update.end();
         }
-        update.finish()
-    }
-
-    fn write_truncations(&self, update: &mut Writer) {
-        if self.truncate.is_empty() {
-            return;
-        }
-        update.begin_document("$push");
-        for (name, size) in &self.truncate {
-            update.begin_document(name);
-            update.begin_array("$each");
-            update.end();
-            update.value("$slice", i64::try_from(*size).unwrap_or(i64::MAX));
-            update.end();
-        }
-        update.end();
-    }
-
-    fn truncations_only(&self) -> RawDocumentBuf {
-        let mut update = Writer::document();
-        self.write_truncations(&mut update);
         update.finish()
     }
 
@@ -179,8 +158,8 @@ impl<'a> Delta<'a> {
 pub enum PlainUpdate {
     /// One update with operators.
     Operators(RawDocumentBuf),
-    /// Truncations first, if any, then an aggregation pipeline, given as the array's bytes.
-    Pipeline { first: Option<RawDocumentBuf>, stages: RawDocumentBuf },
+    /// An aggregation pipeline, given as the array's bytes.
+    Pipeline(RawDocumentBuf),
 }
 
 fn names<'a>(list: &Element<'a>) -> Result<Vec<&'a str>, DeltaError> {
@@ -251,6 +230,19 @@ impl<'e> Edit<'e> {
         DeltaError::Ambiguous(self.whole.to_owned())
     }
 
+    /// Why an edit that fits nothing in an object cannot be done: a name with dots may be new, or the objects it leads
+    /// through may be missing here.
+    fn unresolved(&self) -> DeltaError {
+        match (self.action, self.rest) {
+            (Action::Set(_), Rest::Dotted(_)) => self.ambiguous(),
+            _ => self.missing(),
+        }
+    }
+
+    fn missing(&self) -> DeltaError {
+        DeltaError::Missing(self.whole.to_owned())
+    }
+
     /// Whether the element named `key` is what the path names, or contains it.
     fn hit(&self, key: &str, container: bool) -> Option<Hit<'e>> {
         match self.rest {
@@ -277,7 +269,7 @@ impl<'e> Edit<'e> {
     /// The name of a field this edit adds to an object that does not have it.
     fn new_name(&self) -> Option<&'e str> {
         match self.rest {
-            Rest::Dotted(rest) => Some(rest),
+            Rest::Dotted(rest) => (!rest.contains('.')).then_some(rest),
             Rest::Spelt([Part::Name(name)]) => Some(name),
             Rest::Spelt(_) => None,
         }
@@ -328,6 +320,9 @@ fn write_element(element: &Element<'_>, verdict: Verdict<'_>, out: &mut Writer) 
         None if verdict.below.is_empty() && verdict.truncate.is_none() => out.copy(element),
         None => {
             let inner = element.document().ok_or(DeltaError::Shape("a path leads into a scalar"))?;
+            if verdict.truncate.is_some() && !element.is_array() {
+                return Err(DeltaError::Shape("what is to be truncated is not an array"));
+            }
             if element.is_array() {
                 out.begin_array(element.key);
                 patch_array(inner, verdict.truncate, &verdict.below, out)?;
@@ -354,7 +349,7 @@ fn patch_document(document: &RawDocument, edits: &[Edit<'_>], out: &mut Writer) 
         }
         match (edit.action, edit.new_name()) {
             (Action::Set(value), Some(name)) => out.copy_as(name, value),
-            _ => return Err(edit.ambiguous()),
+            _ => return Err(edit.unresolved()),
         }
     }
     Ok(())
@@ -384,9 +379,9 @@ fn patch_array(
         if used > 0 {
             continue;
         }
-        let (Action::Set(value), Some(index)) = (edit.action, edit.new_index()) else { return Err(edit.ambiguous()) };
+        let (Action::Set(value), Some(index)) = (edit.action, edit.new_index()) else { return Err(edit.missing()) };
         if index < length {
-            return Err(edit.ambiguous());
+            return Err(edit.missing());
         }
         while length < index {
             out.null_item(length);
@@ -445,8 +440,30 @@ mod tests {
     #[test]
     fn literal_dots_dollars_and_empty_names() {
         let before = doc! {"_id": 2, "a.b": 1, "$c": 2, "": 3};
-        let after = applied(before, doc! {"updatedFields": {"a.b": 7, "$c": 8, "": 9, "x.y": 1}}).expect("applies");
-        assert_eq!(after, doc! {"_id": 2, "a.b": 7, "$c": 8, "": 9, "x.y": 1});
+        let after = applied(before, doc! {"updatedFields": {"a.b": 7, "$c": 8, "": 9}}).expect("applies");
+        assert_eq!(after, doc! {"_id": 2, "a.b": 7, "$c": 8, "": 9});
+    }
+
+    #[test]
+    fn a_path_through_what_is_not_there_is_never_written_as_a_name_with_dots() {
+        let delta = doc! {"updatedFields": {"a.b.c": 1}};
+        for before in [doc! {"a": 5}, doc! {"a": {}}, doc! {}] {
+            assert!(matches!(applied(before, delta.clone()), Err(DeltaError::Ambiguous(_))));
+        }
+        let spelt = doc! {"updatedFields": {"x.y": 1}, "disambiguatedPaths": {"x.y": ["x.y"]}};
+        assert_eq!(applied(doc! {}, spelt).expect("applies"), doc! {"x.y": 1});
+    }
+
+    #[test]
+    fn what_fits_nothing_is_missing() {
+        let unset = doc! {"removedFields": ["a.b"]};
+        assert_eq!(applied(doc! {"a": 5}, unset), Err(DeltaError::Missing("a.b".into())));
+        let into_array = doc! {"updatedFields": {"a.0.b": 1}};
+        assert!(matches!(applied(doc! {"a": [5]}, into_array), Err(DeltaError::Missing(_))));
+        let shorter = doc! {"truncatedArrays": [{"field": "a", "newSize": 1}]};
+        for before in [doc! {"a": {"x": 1}}, doc! {"a": 5}] {
+            assert!(applied(before, shorter.clone()).is_err_and(|e| !matches!(e, DeltaError::Ambiguous(_))));
+        }
     }
 
     #[test]
@@ -468,11 +485,11 @@ mod tests {
     fn unsorted_names_become_a_pipeline_that_keeps_their_order() {
         let delta = raw(doc! {"updatedFields": {"z": 1, "b": 2}, "removedFields": ["q"]});
         let delta = Delta::parse(&delta).expect("parse");
-        assert!(matches!(delta.plain_update(), PlainUpdate::Pipeline { first: None, .. }));
-        let delta = raw(doc! {"updatedFields": {"b": 1, "z": 2}, "truncatedArrays": [{"field": "a", "newSize": 0}]});
+        assert!(matches!(delta.plain_update(), PlainUpdate::Pipeline(_)));
+        let delta = raw(doc! {"updatedFields": {"b": 1, "z": 2}, "removedFields": ["q"]});
         let delta = Delta::parse(&delta).expect("parse");
         let PlainUpdate::Operators(update) = delta.plain_update() else { panic!("operators") };
         let update = bson::Document::try_from(&*update).expect("valid");
-        assert_eq!(update, doc! {"$push": {"a": {"$each": [], "$slice": 0_i64}}, "$set": {"b": 1, "z": 2}});
+        assert_eq!(update, doc! {"$unset": {"q": 1}, "$set": {"b": 1, "z": 2}});
     }
 }

@@ -149,7 +149,10 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             // Tried again every few seconds, said once.
             Phase::Failed { message, hint } if said.as_ref().map(|(said, _)| said) != Some(message) => {
                 tracing::error!(source = %self.source, reason = message, hint, "apply stopped");
-                self.status.send_modify(|status| status.failure = Some((message.clone(), hint)));
+                let received = self.inbox.state().map_or(Position::ZERO, |state| state.end);
+                self.status.send_modify(|status| {
+                    (status.failure, status.failure_through) = (Some((message.clone(), *hint)), received);
+                });
             }
             Phase::Waiting | Phase::Running | Phase::Retrying(_) | Phase::Failed { .. } => {}
         }

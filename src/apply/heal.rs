@@ -16,7 +16,7 @@ use super::catalog::{Entries, Presence};
 use super::lanes::{Floor, Item, Job, LaneStep};
 use super::plan::{Floors, Resolved};
 use super::status::ApplyStatus;
-use super::target::{CommitError, Divergence, Suspect, Target, TargetError, Transaction};
+use super::target::{Cause, CommitError, Divergence, Suspect, Target, TargetError, Transaction, key_of};
 use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
 
 /// Fetches documents from the source (rule K).
@@ -97,7 +97,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         !ahead && entry.is_some_and(|entry| matches!(entry.presence, Presence::Present(_)))
     }
 
-    /// Fetches what diverged; returns how many documents that were.
+    /// Fetches what diverged; returns how many documents that were which had not been fetched before.
     async fn heal(
         &self,
         job: &Job,
@@ -117,6 +117,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             }
         }
         if wanted.is_empty() {
+            self.bring_ahead(&judged, divergence, resolved, &mut wanted);
             tokio::time::sleep(RETRY_MIN).await;
         }
         let mut count = 0;
@@ -134,10 +135,41 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                     status.healing += 1;
                 });
             }
-            count += suspects.len();
+            count += suspects.iter().filter(|s| !known.contains(&(s.collection, s.identity))).count();
             resolved.extend(self.fetch_all(collection, suspects).await?);
         }
         Ok(count)
+    }
+
+    /// A unique value is held by a document that was fetched, and so is ahead of these changes: what collides with it
+    /// must be as new. So everything the job does to that collection is fetched; and when that was done already, at times
+    /// that do not fit together, all of it once more.
+    fn bring_ahead(
+        &self,
+        judged: &[Item],
+        divergence: &Divergence,
+        resolved: &mut Vec<Resolved>,
+        wanted: &mut BTreeMap<CollectionUuid, Vec<Suspect>>,
+    ) {
+        let Divergence::Unique { collection, .. } = divergence else { return };
+        let ahead = |identity, key| Suspect { collection: *collection, identity, key, cause: Cause::Ahead };
+        let mut keys: BTreeMap<u128, Suspect> = BTreeMap::new();
+        for item in judged.iter().filter(|item| item.collection == *collection) {
+            if let Some(key) = key_of(item) {
+                keys.insert(item.key, ahead(item.key, key));
+            }
+        }
+        let mine: BTreeSet<u128> =
+            resolved.iter().filter(|r| r.floor.collection == *collection).map(|r| r.floor.key).collect();
+        if keys.keys().all(|key| mine.contains(key)) {
+            let again = resolved.extract_if(.., |r| r.floor.collection == *collection);
+            keys = again.map(|r| (r.floor.key, ahead(r.floor.key, r.key))).collect();
+        } else {
+            keys.retain(|key, _| !mine.contains(key));
+        }
+        if !keys.is_empty() {
+            wanted.insert(*collection, keys.into_values().collect());
+        }
     }
 
     async fn fetch_all(

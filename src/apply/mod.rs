@@ -15,6 +15,7 @@ mod ddl;
 pub mod delta;
 pub mod engine;
 pub mod heal;
+mod holders;
 pub mod lanes;
 pub mod mongo;
 pub mod plan;

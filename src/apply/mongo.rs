@@ -15,13 +15,14 @@ use mongodb::{Client, ClientSession};
 use tokio::sync::Mutex;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::delta::Delta;
+use super::delta::{Delta, DeltaError};
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{self, Patch, Step};
 use super::reply::{WriteError, first_write_error, hint_of, plan_error};
 use super::store;
 use super::target::{
     Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
+    key_of,
 };
 use crate::model::raw::{self, Writer};
 use crate::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, StreamId, Term, hash};
@@ -41,7 +42,8 @@ impl From<Failure> for TargetError {
             Some(code::UNAUTHORIZED | code::AUTHENTICATION_FAILED) => {
                 Self::Fatal { message, hint: "grant the agent's user the role in the README" }
             }
-            _ => Self::Fatal { message, hint: "see the message of MongoDB" },
+            Some(code) => Self::Fatal { message, hint: hint_of(code) },
+            None => Self::Fatal { message, hint: "see the message of MongoDB" },
         }
     }
 }
@@ -305,11 +307,15 @@ impl MongoTarget {
         let documents = self.read_documents(session, entry, changes).await?;
         let mut written = Vec::with_capacity(changes.len());
         for change in changes {
-            let diverged = || CommitError::Diverged(Divergence::Document { collection, identity: change.identity });
-            let before = documents.get(&change.identity).ok_or_else(diverged)?;
+            let diverged =
+                |cause| CommitError::Diverged(Divergence::Document { collection, identity: change.identity, cause });
+            let before = documents.get(&change.identity).ok_or_else(|| diverged(Cause::Missing))?;
             let delta = Delta::parse(&change.update)
                 .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
-            let after = delta.apply(before).map_err(|_| diverged())?;
+            let after = delta.apply(before).map_err(|error| match error {
+                DeltaError::Ambiguous(_) => diverged(Cause::Path),
+                _ => diverged(Cause::Shape),
+            })?;
             written.push((change.key.clone(), after));
         }
         for part in split_by_bytes(&written) {
@@ -356,24 +362,6 @@ impl MongoTarget {
                 let documents = batch.doc_slices().map_err(Failure::of("look for diverged documents"))?;
                 let ids = documents.into_iter().filter_map(|d| raw::get(d.ok()?.as_document()?, "_id"));
                 found.extend(ids.map(|id| hash::key_identity(&id)));
-            }
-        }
-        Ok(found)
-    }
-
-    /// The documents that hold these values of a unique index.
-    async fn holders(&self, entry: &Entry, fields: &RawDocument) -> Result<Vec<(u128, RawDocumentBuf)>, TargetError> {
-        let documents = self.client.database(&entry.db).collection::<RawDocumentBuf>(&entry.coll);
-        let filter = Document::try_from(fields).map_err(|e| Failure::of("read a duplicate key")(e.into()))?;
-        let mut cursor = documents
-            .find(filter)
-            .projection(doc! {"_id": 1})
-            .await
-            .map_err(Failure::of("find a blocking document"))?;
-        let mut found = Vec::new();
-        while let Some(document) = cursor.next().await.transpose().map_err(Failure::of("find a blocking document"))? {
-            if let Some(id) = raw::get(&document, "_id") {
-                found.push((hash::key_identity(&id), document));
             }
         }
         Ok(found)
@@ -527,20 +515,19 @@ impl Target for MongoTarget {
         match divergence {
             Divergence::Unique { collection, fields } => {
                 let Some(entry) = entries.get(collection) else { return Ok(suspects) };
-                for (identity, key) in self.holders(entry, fields).await? {
+                for (identity, key) in self.holders(entry, *collection, fields, items).await? {
                     suspects.push(Suspect { collection: *collection, identity, key, cause: Cause::Unique });
                 }
             }
-            Divergence::Document { .. } | Divergence::Somewhere => {}
+            Divergence::Document { collection, identity, cause } => {
+                let same = |item: &&Item| item.collection == *collection && item.key == *identity;
+                if let Some(key) = items.iter().find(same).and_then(key_of) {
+                    suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: *cause });
+                }
+            }
+            Divergence::Somewhere => {}
         }
         suspects.extend(self.unmatched(items, entries).await?);
-        // Last, for a document that is missing counts as that.
-        if let Divergence::Document { collection, identity } = divergence {
-            let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-            if let Some(key) = items.iter().find(same).and_then(key_of) {
-                suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: Cause::Path });
-            }
-        }
         Ok(suspects)
     }
 
@@ -638,9 +625,4 @@ impl MongoTarget {
         }
         Ok(suspects.into_values().collect())
     }
-}
-
-fn key_of(item: &Item) -> Option<RawDocumentBuf> {
-    let document = RawDocument::from_bytes(&item.bytes).ok()?;
-    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }

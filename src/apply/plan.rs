@@ -278,10 +278,7 @@ impl Group {
     fn update(&mut self, key: &RawDocument, update: &PlainUpdate) {
         match update {
             PlainUpdate::Operators(update) => self.operators(key, update),
-            PlainUpdate::Pipeline { first, stages } => {
-                if let Some(first) = first {
-                    self.operators(key, first);
-                }
+            PlainUpdate::Pipeline(stages) => {
                 self.begin_statement(key);
                 self.writer.embed_array("u", stages);
                 self.end_statement();

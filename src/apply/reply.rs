@@ -31,6 +31,7 @@ pub(super) fn hint_of(code: i32) -> &'static str {
         code::USER_WRITES_BLOCKED => {
             "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README"
         }
+        code::TOO_LARGE_FOR_CACHE => "give the target's mongod a larger WiredTiger cache; it is tried again by itself",
         code::UNAUTHORIZED => "grant the agent's user the role in the README",
         _ => "see the message of MongoDB",
     }

@@ -266,9 +266,6 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             Report::Ddl { id, step, result } => {
                 for (uuid, entry) in result? {
                     self.lanes.set_collection(uuid, entry.one_lane, entry.ddl_through);
-                    if let Presence::Refused(reason) = &entry.presence {
-                        tracing::error!(collection = %format!("{}.{}", entry.db, entry.coll), reason, "a collection is not replicated");
-                    }
                     self.catalog.put(uuid, entry);
                 }
                 self.lanes.ddl_done(id);
@@ -346,11 +343,10 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             Presence::Refused(reason) => Some((format!("{}.{}", entry.db, entry.coll), reason.clone())),
             _ => None,
         });
-        let refused = refused.collect();
+        let refused: Vec<(String, String)> = refused.collect();
         let position = self.confirmed;
-        let idle = self.lanes.is_idle();
         self.engine.status.send_modify(|status| {
-            if idle && status.failure.take().is_some() {
+            if position >= status.failure_through && status.failure.take().is_some() {
                 tracing::info!(source = %self.engine.source, "what stopped apply is out of the way");
             }
             // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
@@ -358,6 +354,10 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             status.errors = self.engine.target.errors();
             status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
+            // Each process says it once.
+            for (collection, reason) in refused.iter().filter(|one| !status.refused.contains(one)) {
+                tracing::error!(collection, reason, "a collection is not replicated");
+            }
             status.refused = refused;
             if let Some((_, hash)) = self.to_persist {
                 status.hash = hash;

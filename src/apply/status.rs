@@ -48,6 +48,8 @@ pub struct ApplyStatus {
     pub commit_to_apply: Durations,
     /// What a person must look at and its hint, until it is out of the way.
     pub failure: Option<(String, &'static str)>,
+    /// It is out of the way when everything up to here is applied.
+    pub failure_through: Position,
     /// Stored records that failed their crc.
     pub corrupt: u64,
     /// All lanes stand at one position and no unit is partly applied.

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
-use bson::raw::RawDocumentBuf;
+use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry};
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{Floors, Resolved};
-use crate::model::{CollectionUuid, Incarnation, Position, StreamHash, Term};
+use crate::model::{Change, CollectionUuid, Incarnation, Position, StreamHash, Term};
 
 /// Why the target did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +45,7 @@ pub enum Divergence {
     /// Some update, replace or delete of these changes matched nothing, or an inserted `_id` was there.
     Somewhere,
     /// This change cannot be applied to the document as it is.
-    Document { collection: CollectionUuid, identity: u128 },
+    Document { collection: CollectionUuid, identity: u128, cause: Cause },
     /// A document blocks a unique value: the fields that collide.
     Unique { collection: CollectionUuid, fields: RawDocumentBuf },
 }
@@ -69,15 +69,19 @@ pub enum Cause {
     Exists,
     /// It holds a unique value that another document needs.
     Unique,
+    /// It is not of the shape that its update needs.
+    Shape,
     /// Its update does not say enough to be applied to it.
     Path,
     /// Its change was captured without documents, for it was too large.
     Large,
+    /// Others of its collection are ahead.
+    Ahead,
 }
 
 impl Cause {
     /// Those that tell of a difference between the sites.
-    pub const DIVERGENCES: [Self; 3] = [Self::Missing, Self::Exists, Self::Unique];
+    pub const DIVERGENCES: [Self; 4] = [Self::Missing, Self::Exists, Self::Unique, Self::Shape];
 
     /// Whether the sites differed. Otherwise fetching is the ordinary way for what an event cannot say.
     pub fn is_divergence(self) -> bool {
@@ -90,8 +94,10 @@ impl Cause {
             Self::Missing => "missing",
             Self::Exists => "exists",
             Self::Unique => "unique",
+            Self::Shape => "shape",
             Self::Path => "path",
             Self::Large => "large",
+            Self::Ahead => "ahead",
         }
     }
 }
@@ -107,6 +113,12 @@ pub struct Suspect {
     pub key: RawDocumentBuf,
     /// Why.
     pub cause: Cause,
+}
+
+/// The key of a change's document.
+pub(super) fn key_of(item: &Item) -> Option<RawDocumentBuf> {
+    let document = RawDocument::from_bytes(&item.bytes).ok()?;
+    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }
 
 /// What is stored of a stream at its target.

@@ -45,7 +45,7 @@ pub(super) fn stream(s: &StreamStatus) -> Value {
         "shipLagSeconds": words::distance_seconds(s.captured, s.received),
         "changes": s.changes, "bytes": s.bytes, "transactions": s.transactions,
         "targetTransactions": s.target_transactions, "ddl": s.ddl,
-        "diverged": s.diverged, "healed": s.healed, "corruptRecords": s.corrupt_records,
+        "diverged": s.diverged, "divergedKinds": s.diverged_kinds, "healed": s.healed, "corruptRecords": s.corrupt_records,
         "atCut": s.at_cut, "consistentFrom": position(s.consistent_from), "hash": s.hash,
         "refused": list(&s.refused, refused),
     })

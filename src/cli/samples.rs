@@ -99,6 +99,7 @@ pub(super) fn troubled() -> StatusResponse {
     stream.apply_lag_ms = -1;
     stream.datum_age_ms = -1;
     stream.diverged = 2;
+    stream.diverged_kinds = [("update".to_owned(), 2)].into();
     stream.healed = 1;
     stream.consistent_from = at(-5, 1);
     stream.refused.push(RefusedCollection {

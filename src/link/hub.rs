@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use farshore_api::replication::v1 as pb;
@@ -167,6 +168,8 @@ pub(super) struct Shared {
     pub(super) inputs: HubInputs,
     pub(super) peers: BTreeMap<SiteName, PeerEntry>,
     pub(super) deposed: watch::Sender<Option<Term>>,
+    /// Sessions for which an earlier certificate was shown are not kept.
+    pub(super) generation: AtomicU64,
     pub(super) tasks: TaskTracker,
     pub(super) cancel: CancellationToken,
 }
@@ -211,7 +214,7 @@ impl Hub {
         };
         let peers = config.peers.iter().map(|peer| (peer.site.clone(), entry(peer))).collect();
         let (deposed, tasks) = (watch::Sender::new(None), tasks.clone());
-        let shared = Arc::new(Shared { config, inputs, peers, deposed, tasks, cancel });
+        let shared = Arc::new(Shared { config, inputs, peers, deposed, generation: AtomicU64::new(0), tasks, cancel });
         for (number, peer) in shared.peers.values().enumerate() {
             if peer.config.dial && !peer.config.addresses.is_empty() {
                 let seed = shared.config.seed.wrapping_add(number as u64);
@@ -248,6 +251,15 @@ impl Hub {
         match fetched.error.is_empty() {
             true => Ok(fetched),
             false => Err(Error::Fetch { source_site: source.clone(), message: fetched.error }),
+        }
+    }
+
+    /// Ends the sessions on connections for which an earlier certificate of ours than `generation` was shown, whoever dialled
+    /// them: each is opened again at once, with the newest. A session that is only being opened ends when it is open.
+    pub fn renew_sessions(&self, generation: u64) {
+        self.shared.generation.fetch_max(generation, Ordering::SeqCst);
+        for peer in self.shared.peers.values() {
+            peer.slot.end();
         }
     }
 

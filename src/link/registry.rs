@@ -67,6 +67,13 @@ impl Slot {
         self.live().is_some()
     }
 
+    /// Ends the session that lives, if any.
+    pub fn end(&self) {
+        if let Some(live) = &*self.live() {
+            live.cancel.cancel();
+        }
+    }
+
     /// Waits until no session lives.
     pub async fn free(&self) {
         self.until(|live| live.is_none()).await;

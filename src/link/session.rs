@@ -11,6 +11,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use farshore_api::replication::v1 as pb;
@@ -92,6 +93,9 @@ pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
             let dialler = if wire.dialled { &shared.config.site } else { &wire.site };
             let claim = Claim { dialler: dialler.clone(), agent: greeted.theirs.agent, term: greeted.theirs.term };
             if let Some(_place) = entry.slot.admit(claim, cancel.clone()).await {
+                if wire.peer.shown < shared.generation.load(Ordering::SeqCst) {
+                    cancel.cancel();
+                }
                 shared.link_up(entry, &wire.peer);
                 summary = Session::new(shared, &mut wire, greeted, cancel).run().await;
                 shared.link_down(entry, &summary.ended);

@@ -58,8 +58,9 @@ impl Transport for TlsTransport {
     fn connect<'a>(&'a self, address: &'a str, site: &'a SiteName) -> BoxFuture<'a, Result<Connection, String>> {
         Box::pin(async move {
             let expected = Expected::Site(site.to_string());
+            let shown = self.tls.generation();
             let (stream, certificate) = dial(address, &self.tls, expected).await.map_err(|error| explain(&error))?;
-            Ok(Connection::new(stream, peer(certificate, address.to_owned())))
+            Ok(Connection::new(stream, peer(certificate, address.to_owned(), shown)))
         })
     }
 
@@ -75,12 +76,12 @@ impl Transport for TlsTransport {
     }
 }
 
-fn peer(certificate: PeerCertificate, address: String) -> Peer {
-    Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires) }
+fn peer(certificate: PeerCertificate, address: String, shown: u64) -> Peer {
+    Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires), shown }
 }
 
-/// Looks at the certificate files about once a second until `cancel`.
-pub async fn follow_files(tls: Arc<Reloading>, cancel: CancellationToken) {
+/// Looks at the certificate files about once a second until `cancel`; calls `renewed` after new ones came into use.
+pub async fn follow_files(tls: Arc<Reloading>, renewed: impl Fn(), cancel: CancellationToken) {
     let mut tick = tokio::time::interval(REFRESH);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while cancel.run_until_cancelled(tick.tick()).await.is_some() {
@@ -88,7 +89,10 @@ pub async fn follow_files(tls: Arc<Reloading>, cancel: CancellationToken) {
         let found = tokio::task::spawn_blocking(move || looking.refresh()).await;
         match found {
             Ok(Refreshed::Unchanged) => {}
-            Ok(Refreshed::Renewed) => tracing::info!(expires = tls.expires(), "certificates were renewed"),
+            Ok(Refreshed::Renewed) => {
+                tracing::info!(expires = tls.expires(), "certificates were renewed");
+                renewed();
+            }
             Ok(Refreshed::Kept { problem }) => {
                 tracing::error!(problem, "new certificates cannot be used, the old ones stay in use; mend the files");
             }
@@ -148,11 +152,12 @@ impl Acceptor {
     async fn handshake(&self, stream: TcpStream, from: String) -> Result<Connection, String> {
         let in_words = |error: io::Error| explain(&error);
         stream.set_nodelay(true).map_err(in_words)?;
+        let shown = self.tls.generation();
         let acceptor = tokio_rustls::TlsAcceptor::from(self.tls.server_config());
         let stream = acceptor.accept(stream).await.map_err(in_words)?;
         let chain = stream.get_ref().1.peer_certificates();
         let certificate = PeerCertificate::of(chain, self.tls.domain()).map_err(|error| error.to_string())?;
-        Ok(Connection::new(stream, peer(certificate, from)))
+        Ok(Connection::new(stream, peer(certificate, from, shown)))
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Peer {
     pub address: String,
     /// When its certificate expires, seconds since the Unix epoch.
     pub certificate_expires: Option<i64>,
+    /// Which of our own certificates it was shown, counted from 0.
+    pub shown: u64,
 }
 
 /// An established connection.

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::chunk::{ChunkError, Chunker, Cut, Reply};
-use super::tail::{StartAt, Tail, TailError, TailStream};
+use super::tail::{Reading, StartAt, Tail, TailError, TailStream};
 use crate::model::{Epoch, Flow, Incarnation, Position, StreamHash};
 use crate::outbox::{self, Commit, Disposition, Log, LogState};
 
@@ -105,6 +105,8 @@ pub struct Capture<T> {
 const PREFETCH: usize = 1;
 /// Batches queued for fsync at once.
 const IN_FLIGHT: usize = 32;
+/// What to do about lost history.
+pub const RESYNC: &str = "copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The resume token is persisted at least this often while nothing is captured, so it never ages out of the oplog.
@@ -115,6 +117,9 @@ enum Outcome {
     Restart(Begin),
     Ended(EndReason),
 }
+
+/// What an oversized change made necessary was done.
+struct Passed;
 
 enum EndReason {
     Tail(TailError),
@@ -200,7 +205,9 @@ impl<T: Tail> Capture<T> {
                 Disposition::Restart | Disposition::Operator => return Err(error),
             },
             EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
-            EndReason::Tail(TailError::HistoryLost(reason)) => (Phase::HistoryLost(reason), Some(RETRY_MAX)),
+            EndReason::Tail(error @ TailError::HistoryLost(_)) => {
+                (Phase::HistoryLost(error.to_string()), Some(RETRY_MAX))
+            }
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
@@ -222,49 +229,54 @@ impl<T: Tail> Capture<T> {
                 tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped")
             }
             Phase::HistoryLost(reason) => {
-                tracing::error!(reason, hint = "the target needs a resync", "capture stopped")
+                tracing::error!(reason, hint = RESYNC, "capture stopped")
             }
             Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
         }
         self.status.send_modify(|status| status.phase = phase);
     }
 
-    /// Reads from where the log ends until something stops it. A single oversized change is taken without its documents.
+    /// Reads from where the log ends until something stops it.
     async fn session(&mut self, state: LogState, cancel: &CancellationToken) -> Outcome {
         let History { incarnation, epoch, single_change_units } = self.history;
-        let at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
+        let mut at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
         let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash, single_change_units);
-        match self.stream(&mut chunker, &at, false, cancel).await {
-            Outcome::Ended(EndReason::Tail(TailError::TooLarge)) => {}
-            outcome => return outcome,
+        let mut reading = Reading::Batches;
+        loop {
+            reading = match (self.stream(&mut chunker, &at, reading, cancel).await, reading) {
+                (Err(Outcome::Ended(EndReason::Tail(TailError::TooLarge))), Reading::Batches) => Reading::Singly,
+                (Err(Outcome::Ended(EndReason::Tail(TailError::TooLarge))), Reading::Singly) => {
+                    tracing::warn!(after = %chunker.end(), "a change exceeds 16 MiB; it is captured without documents and fetched by the target");
+                    Reading::Trimmed
+                }
+                (Ok(Passed), _) => Reading::Batches,
+                (Err(outcome), _) => return outcome,
+            };
+            // What was seen may be known already and so not be in the log.
+            at = chunker.idle_token().cloned().map_or(at, StartAt::After);
         }
-        let Some(state) = self.usable_state() else { return Outcome::Ended(EndReason::Tail(TailError::TooLarge)) };
-        tracing::warn!(after = %state.end, "a change exceeds 16 MiB; it is captured without documents and fetched by the target");
-        let at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
-        let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash, single_change_units);
-        self.stream(&mut chunker, &at, true, cancel).await
     }
 
     async fn stream(
         &mut self,
         chunker: &mut Chunker,
         at: &StartAt,
-        trimmed: bool,
+        reading: Reading,
         cancel: &CancellationToken,
-    ) -> Outcome {
+    ) -> Result<Passed, Outcome> {
         let stream = tokio::select! {
             biased;
-            () = cancel.cancelled() => return Outcome::Cancelled,
-            begin = self.commands.recv() => return begin.map_or(Outcome::Cancelled, Outcome::Restart),
-            stream = self.tail.open(at, trimmed) => stream,
+            () = cancel.cancelled() => return Err(Outcome::Cancelled),
+            begin = self.commands.recv() => return Err(begin.map_or(Outcome::Cancelled, Outcome::Restart)),
+            stream = self.tail.open(at, reading) => stream,
         };
         let stream = match stream {
             Ok(stream) => stream,
-            Err(error) => return Outcome::Ended(EndReason::Tail(error)),
+            Err(error) => return Err(Outcome::Ended(EndReason::Tail(error))),
         };
         let (replies_in, mut replies) = mpsc::channel(PREFETCH);
-        let reader = read_ahead(stream, replies_in, trimmed);
-        let pump = self.pump(chunker, &mut replies, trimmed, cancel);
+        let reader = read_ahead(stream, replies_in);
+        let pump = self.pump(chunker, &mut replies, reading, cancel);
         tokio::pin!(reader, pump);
         tokio::select! {
             biased;
@@ -278,9 +290,9 @@ impl<T: Tail> Capture<T> {
         &mut self,
         chunker: &mut Chunker,
         replies: &mut mpsc::Receiver<Result<Reply, TailError>>,
-        trimmed: bool,
+        reading: Reading,
         cancel: &CancellationToken,
-    ) -> Outcome {
+    ) -> Result<Passed, Outcome> {
         let mut pending: VecDeque<Pending> = VecDeque::new();
         let mut token_saved = tokio::time::Instant::now();
         loop {
@@ -291,41 +303,35 @@ impl<T: Tail> Capture<T> {
                 durable = next_durable(&mut pending), if !pending.is_empty() => Step::Durable(durable),
                 reply = replies.recv(), if pending.len() < IN_FLIGHT => Step::Reply(reply),
             };
-            let outcome = match step {
-                Step::Cancelled => Some(Outcome::Cancelled),
-                Step::Restart(begin) => Some(Outcome::Restart(begin)),
+            let ended = |reason| Some(Err(Outcome::Ended(reason)));
+            let end = match step {
+                Step::Cancelled => Some(Err(Outcome::Cancelled)),
+                Step::Restart(begin) => return Err(Outcome::Restart(begin)),
                 Step::Durable(result) => {
                     let written = pending.pop_front().expect("one that was waited for");
                     match result {
-                        Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
+                        Err(error) => ended(EndReason::Outbox(error)),
                         Ok(_) => {
                             self.account(&written);
                             None
                         }
                     }
                 }
-                Step::Reply(None) => {
-                    Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted("the reader ended".into()))))
-                }
-                Step::Reply(Some(Err(error))) => Some(Outcome::Ended(EndReason::Tail(error))),
+                Step::Reply(None) => ended(EndReason::Tail(TailError::Interrupted("the reader ended".into()))),
+                Step::Reply(Some(Err(error))) => ended(EndReason::Tail(error)),
                 Step::Reply(Some(Ok(reply))) => match chunker.cut(&reply) {
-                    Err(error) => Some(Outcome::Ended(EndReason::Chunk(error))),
+                    Err(error) => ended(EndReason::Chunk(error)),
                     Ok(cuts) => {
                         self.enter(Phase::Streaming);
-                        let enough = trimmed && !cuts.is_empty();
                         match self.append(cuts, &mut pending).await {
-                            Err(error) => Some(Outcome::Ended(EndReason::Outbox(error))),
-                            Ok(()) if enough => Some(Outcome::Ended(EndReason::Tail(TailError::Interrupted(
-                                "resuming behind an oversized change".into(),
-                            )))),
-                            Ok(()) => None,
+                            Err(error) => ended(EndReason::Outbox(error)),
+                            Ok(()) => passed(reading, &reply).then_some(Ok(Passed)),
                         }
                     }
                 },
             };
-            if let Some(outcome) = outcome {
-                let Outcome::Restart(_) = outcome else { return self.finish(pending, outcome).await };
-                return outcome;
+            if let Some(end) = end {
+                return self.finish(pending, end).await;
             }
             if chunker.unit_open() {
                 self.nudge.notify_one();
@@ -335,7 +341,7 @@ impl<T: Tail> Capture<T> {
                 if let Some(token) = chunker.idle_token()
                     && let Err(error) = self.log.put_token(token.clone()).await
                 {
-                    return Outcome::Ended(EndReason::Outbox(error));
+                    return Err(Outcome::Ended(EndReason::Outbox(error)));
                 }
             }
         }
@@ -349,14 +355,14 @@ impl<T: Tail> Capture<T> {
     }
 
     /// Lets queued writes finish, so that the next session starts from what is really durable.
-    async fn finish(&self, pending: VecDeque<Pending>, outcome: Outcome) -> Outcome {
+    async fn finish(&self, pending: VecDeque<Pending>, end: Result<Passed, Outcome>) -> Result<Passed, Outcome> {
         for mut written in pending {
             if let Err(error) = (&mut written.durable).await {
-                return Outcome::Ended(EndReason::Outbox(error));
+                return Err(Outcome::Ended(EndReason::Outbox(error)));
             }
             self.account(&written);
         }
-        outcome
+        end
     }
 
     async fn append(&self, cuts: Vec<Cut>, pending: &mut VecDeque<Pending>) -> Result<(), outbox::Error> {
@@ -388,15 +394,22 @@ async fn next_durable(pending: &mut VecDeque<Pending>) -> Result<LogState, outbo
     }
 }
 
-async fn read_ahead<S: TailStream>(mut stream: S, replies: mpsc::Sender<Result<Reply, TailError>>, trimmed: bool) {
+/// Whether the oversized change was passed, or turned out not to be there.
+fn passed(reading: Reading, reply: &Reply) -> bool {
+    let empty = reply.events().is_ok_and(|mut events| events.next().is_none());
+    match reading {
+        Reading::Batches => false,
+        Reading::Singly => empty,
+        Reading::Trimmed => !empty,
+    }
+}
+
+async fn read_ahead<S: TailStream>(mut stream: S, replies: mpsc::Sender<Result<Reply, TailError>>) {
     loop {
         let reply = stream.next().await;
         let failed = reply.is_err();
         if replies.send(reply).await.is_err() || failed {
             return;
-        }
-        if trimmed {
-            tokio::task::yield_now().await;
         }
     }
 }

@@ -31,8 +31,8 @@ pub enum TailError {
     /// The server does not have the history after this place, or it was rewound.
     #[error("history lost: {0}")]
     HistoryLost(String),
-    /// The next change is larger than 16 MiB; it must be taken without its documents.
-    #[error("the next change exceeds 16 MiB")]
+    /// A change of the next reply is larger than 16 MiB.
+    #[error("a change exceeds 16 MiB")]
     TooLarge,
     /// The server refuses for good.
     #[error("change stream refused: {0}")]
@@ -54,13 +54,25 @@ impl From<Failure> for TailError {
     }
 }
 
+/// How changes are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// As many in a reply as the server likes.
+    Batches,
+    /// One in a reply. A reply that would hold an oversized change fails as a whole, so this is how to come right up to it.
+    Singly,
+    /// One in a reply, without its documents and marked as such: for the oversized change itself, and for no other, or
+    /// two agents of a site would record one change differently.
+    Trimmed,
+}
+
 /// Something that can be tailed: a real MongoDB or a double.
 pub trait Tail: Send + Sync + 'static {
     /// An open change stream.
     type Stream: TailStream;
 
-    /// Opens a change stream. With `trimmed` the events come without documents and marked as such.
-    fn open(&self, at: &StartAt, trimmed: bool) -> impl Future<Output = Result<Self::Stream, TailError>> + Send;
+    /// Opens a change stream.
+    fn open(&self, at: &StartAt, reading: Reading) -> impl Future<Output = Result<Self::Stream, TailError>> + Send;
 }
 
 /// An open change stream. Dropping it closes it.
@@ -86,7 +98,7 @@ impl MongoTail {
 }
 
 /// Only what no link will ever carry is filtered here; `admin`, `config` and `local` have no events at all.
-fn pipeline(at: &StartAt, trimmed: bool) -> Vec<Document> {
+fn pipeline(at: &StartAt, reading: Reading) -> Vec<Document> {
     let mut options = doc! {"allChangesForCluster": true, "showExpandedEvents": true};
     match at {
         StartAt::After(token) => {
@@ -99,7 +111,7 @@ fn pipeline(at: &StartAt, trimmed: bool) -> Vec<Document> {
     }
     let ours = doc! {"$or": [{"ns.db": {"$ne": "farshore"}}, {"ns.coll": "marks"}]};
     let mut stages = vec![doc! {"$changeStream": options}, doc! {"$match": ours}];
-    if trimmed {
+    if reading == Reading::Trimmed {
         stages.push(doc! {"$project": {"fullDocument": 0, "updateDescription": 0}});
         stages.push(doc! {"$addFields": {TRIMMED: true}});
     }
@@ -109,14 +121,13 @@ fn pipeline(at: &StartAt, trimmed: bool) -> Vec<Document> {
 impl Tail for MongoTail {
     type Stream = MongoTailStream;
 
-    async fn open(&self, at: &StartAt, trimmed: bool) -> Result<MongoTailStream, TailError> {
+    async fn open(&self, at: &StartAt, reading: Reading) -> Result<MongoTailStream, TailError> {
         let admin = self.client.database("admin");
         let mut aggregate = admin
-            .aggregate(pipeline(at, trimmed))
+            .aggregate(pipeline(at, reading))
             .max_await_time(AWAIT)
             .read_concern(mongodb::options::ReadConcern::majority());
-        if trimmed {
-            // One change only: the ones behind it are wanted whole.
+        if reading != Reading::Batches {
             aggregate = aggregate.batch_size(1);
         }
         let cursor = aggregate.batch().await.map_err(Failure::of("open the change stream"))?;

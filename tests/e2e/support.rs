@@ -12,7 +12,7 @@ use farshore_api::{ClusterTime, Position};
 use farshore_testkit::agent::AgentProcess;
 use farshore_testkit::compare::{self, Comparison};
 use farshore_testkit::mongo::User;
-use farshore_testkit::pair::{Pair, PairOptions, Side};
+use farshore_testkit::pair::{Pair, PairOptions, Side, Site};
 use farshore_testkit::pki::{Pki, Role};
 use farshore_testkit::wait;
 use mongodb::Client;
@@ -58,6 +58,27 @@ pub(crate) async fn status(pki: &Pki, agent: &AgentProcess) -> Result<StatusResp
     let mut control = ControlClient::new(channel);
     let asked = tokio::time::timeout(Duration::from_secs(5), control.status(StatusRequest {})).await;
     Ok(asked.context("status")??.into_inner())
+}
+
+/// A site by name of its side.
+pub(crate) fn site(pair: &Pair, side: Side) -> &Site {
+    match side {
+        Side::North => &pair.north,
+        Side::South => &pair.south,
+    }
+}
+
+/// Which of a site's agents leads, once one does.
+pub(crate) async fn leader(pair: &Pair, side: Side) -> Result<usize> {
+    wait::until("an agent to lead", Duration::from_secs(30), || async {
+        for (index, agent) in site(pair, side).agents.iter().enumerate() {
+            if status(&pair.pki, agent).await.is_ok_and(|said| said.leader) {
+                return Ok(index);
+            }
+        }
+        bail!("none of {} does", side.name())
+    })
+    .await
 }
 
 /// The status of the stream north/south at the agent of south that leads.

@@ -257,7 +257,13 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
                 }
             }
         }
-        Divergence::Document { .. } | Divergence::Somewhere => {}
+        Divergence::Document { collection, identity, cause } => {
+            let same = |item: &&Item| item.collection == *collection && item.key == *identity;
+            if let Some(key) = items.iter().find(same).and_then(key_of) {
+                suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: *cause });
+            }
+        }
+        Divergence::Somewhere => {}
     }
     let mut there: BTreeSet<(CollectionUuid, u128)> = BTreeSet::new();
     for item in items {
@@ -290,12 +296,6 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
         }
     }
     suspects.extend(found.into_values());
-    if let Divergence::Document { collection, identity } = divergence {
-        let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-        if let Some(key) = items.iter().find(same).and_then(key_of) {
-            suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: Cause::Path });
-        }
-    }
     suspects
 }
 

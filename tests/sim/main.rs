@@ -1,7 +1,7 @@
 //! Two sites, four agents, one network that loses, delays and splits, and every process mortal: the real capture, logs,
 //! link and apply over simulated databases, disks and wires, deterministic by seed.
 //!
-//! `FARSHORE_SIM_SEED` picks a single seed, `FARSHORE_SIM_SEEDS` says how many run; without them the sizes of
+//! `FARSHORE_SIM_SEED` picks a single seed and shows all of a failure's trace, `FARSHORE_SIM_SEEDS` says how many run; without them the sizes of
 //! `farshore_testkit::sizes` count (100 seeds, the soak's 5,000 in rounds). What is promised is checked
 //! at every commit and every step: each change is applied once, to exactly the document the source had; source
 //! transactions are whole; positions and floors never go back; what is acknowledged is durable. After the network heals,
@@ -29,7 +29,8 @@ fn must(seed: u64) -> Outcome {
     match run(seed) {
         Ok(outcome) => outcome,
         Err(failure) => {
-            let from = failure.trace.len().saturating_sub(60);
+            let shown = if number("FARSHORE_SIM_SEED").is_some() { usize::MAX } else { 60 };
+            let from = failure.trace.len().saturating_sub(shown);
             for line in &failure.trace[from..] {
                 eprintln!("{line}");
             }

@@ -44,7 +44,7 @@ async fn greet(stream: &mut TcpStream, own: &SiteName) -> io::Result<SiteName> {
 }
 
 fn peer(site: &SiteName, address: String) -> Peer {
-    Peer { identity: Identity::site(site.as_str()), address, certificate_expires: None }
+    Peer { identity: Identity::site(site.as_str()), address, certificate_expires: None, shown: 0 }
 }
 
 impl Transport for SimTransport {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use farshore::model::change::TRIMMED;
 use farshore::model::{ClusterTime, CollectionUuid, Position, hash, raw};
 use farshore::source::chunk::Reply;
-use farshore::source::tail::{StartAt, Tail, TailError, TailStream};
+use farshore::source::tail::{Reading, StartAt, Tail, TailError, TailStream};
 use farshore::source::token::{self, Token};
 
 use crate::world::{Shared, lock};
@@ -302,20 +302,21 @@ impl SourceDb {
         self.before(uuid, key, Position::through(time))
     }
 
-    /// One reply of a change stream, if there is news.
-    fn reply(&self, after: &mut Position, trimmed: bool, most: usize) -> Result<Option<Reply>, TailError> {
+    /// One reply of a change stream, if there is news. An oversized change spoils the whole reply it would be in, as it does on a real server.
+    fn reply(&self, after: &mut Position, reading: Reading, most: usize) -> Result<Option<Reply>, TailError> {
         let from = self.oplog.partition_point(|entry| entry.position <= *after);
-        let most = if trimmed { 1 } else { most };
+        let most = if reading == Reading::Batches { most } else { 1 };
+        let trimmed = reading == Reading::Trimmed;
         let mut batch = bson::RawArrayBuf::new();
         let mut last = None;
         let mut all = true;
         for (count, entry) in self.oplog[from..].iter().enumerate() {
-            if count >= most || (entry.large && !trimmed) {
-                if count == 0 {
-                    return Err(TailError::TooLarge);
-                }
+            if count >= most {
                 all = false;
                 break;
+            }
+            if entry.large && !trimmed {
+                return Err(TailError::TooLarge);
             }
             batch.push(if trimmed { trim(&entry.event) } else { entry.event.clone() });
             last = Some(entry);
@@ -361,13 +362,13 @@ pub(crate) struct SimTail(pub(crate) Shared);
 pub(crate) struct SimStream {
     world: Shared,
     after: Position,
-    trimmed: bool,
+    reading: Reading,
 }
 
 impl Tail for SimTail {
     type Stream = SimStream;
 
-    async fn open(&self, at: &StartAt, trimmed: bool) -> Result<SimStream, TailError> {
+    async fn open(&self, at: &StartAt, reading: Reading) -> Result<SimStream, TailError> {
         let wait = lock(&self.0).latency();
         tokio::time::sleep(wait).await;
         lock(&self.0).source_up()?;
@@ -381,7 +382,7 @@ impl Tail for SimTail {
                 }
             }
         };
-        Ok(SimStream { world: self.0.clone(), after, trimmed })
+        Ok(SimStream { world: self.0.clone(), after, reading })
     }
 }
 
@@ -395,7 +396,7 @@ impl TailStream for SimStream {
                 let mut world = lock(&self.world);
                 world.source_up()?;
                 let most = world.batch_size();
-                if let Some(reply) = world.source.reply(&mut self.after, self.trimmed, most)? {
+                if let Some(reply) = world.source.reply(&mut self.after, self.reading, most)? {
                     return Ok(reply);
                 }
                 if tokio::time::Instant::now() >= idle_at {

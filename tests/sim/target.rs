@@ -13,7 +13,7 @@ use farshore::apply::catalog::{Entries, Presence};
 use farshore::apply::delta::Delta;
 use farshore::apply::lanes::LaneState;
 use farshore::apply::plan::{self, Patch, Step};
-use farshore::apply::target::{CommitError, Divergence, StreamRecord, TargetError, Transaction};
+use farshore::apply::target::{Cause, CommitError, Divergence, StreamRecord, TargetError, Transaction};
 use farshore::model::{ClusterTime, CollectionUuid, LaneId, Position, Term};
 
 use crate::commands::{self, Statement};
@@ -266,7 +266,7 @@ impl TargetDb {
             return Err(Err("a document is patched twice from one reading".into()));
         }
         for patch in changes {
-            let diverged = Divergence::Document { collection: source_uuid, identity: patch.identity };
+            let diverged = Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Path };
             let before = self.collections.get(&here).and_then(|c| c.documents.get(&patch.identity)).cloned();
             let Some(before) = before else { return Err(Ok(CommitError::Diverged(diverged))) };
             let before = RawDocument::from_bytes(&before).expect("stored documents are valid");

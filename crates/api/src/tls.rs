@@ -72,6 +72,7 @@ struct Material {
     server: Arc<ServerConfig>,
     identity: Identity,
     expires: i64,
+    generation: u64,
 }
 
 /// Certificate material that follows its files.
@@ -122,7 +123,8 @@ impl Reloading {
         };
         let problem = match outcome {
             Ok(material) => {
-                self.current.store(Arc::new(material));
+                let generation = self.generation() + 1;
+                self.current.store(Arc::new(Material { generation, ..material }));
                 self.problem.store(None);
                 return Refreshed::Renewed;
             }
@@ -153,6 +155,11 @@ impl Reloading {
     /// When our own certificate expires, seconds since the Unix epoch.
     pub fn expires(&self) -> i64 {
         self.current.load().expires
+    }
+
+    /// How often new material came into use.
+    pub fn generation(&self) -> u64 {
+        self.current.load().generation
     }
 
     /// For the next connection we accept: a client certificate of the fleet is mandatory.
@@ -216,7 +223,7 @@ impl Contents {
             .map_err(|e| bundle(e.to_string()))?;
         let verifier = ClientVerifier { chain, domain: domain.to_owned() };
         let server = Arc::new(server_config(provider, verifier, key.clone()));
-        Ok(Material { key, roots, server, identity, expires })
+        Ok(Material { key, roots, server, identity, expires, generation: 0 })
     }
 }
 

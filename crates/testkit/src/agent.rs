@@ -131,6 +131,11 @@ impl AgentProcess {
         Ok(())
     }
 
+    /// Writes its configuration and password anew, whether it runs or not.
+    pub fn write_files(&self) -> Result<()> {
+        self.config.write(self.folder.path())
+    }
+
     /// Loses its disk: the agent must be down.
     pub fn wipe_data(&mut self) -> Result<()> {
         ensure!(!self.is_running(), "the agent still runs");

@@ -133,6 +133,11 @@ impl Pki {
         self.issue(identity, SystemTime::now() + 365 * DAY)
     }
 
+    /// The same, valid for so long from now.
+    pub fn renew_for(&self, identity: &Identity, valid: Duration) -> Result<()> {
+        self.issue(identity, SystemTime::now() + valid)
+    }
+
     /// Makes `identity` trust these CAs and no others.
     pub fn trust(identity: &Identity, authorities: &[&Self]) -> Result<()> {
         let bundle: String = authorities.iter().map(|pki| pki.ca_pem()).collect();

@@ -94,6 +94,11 @@ impl AgentConfig {
         self.identity = identity;
     }
 
+    /// Another password of the MongoDB user, in the file that has it.
+    pub fn set_password(&mut self, password: &str) {
+        self.password = Some(password.to_owned());
+    }
+
     /// Appends text to the file, for what has no method; its sections must be new ones.
     pub fn append(&mut self, toml: &str) {
         self.extra.push_str(toml);

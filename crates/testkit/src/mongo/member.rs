@@ -58,7 +58,6 @@ impl Member {
 
 fn arguments(options: &Options, port: u16, data: &Path) -> Vec<String> {
     let mut arguments = vec![
-        format!("--replSet={}", options.name),
         "--bind_ip=127.0.0.1".to_owned(),
         format!("--port={port}"),
         format!("--dbpath={}", data.display()),
@@ -66,6 +65,9 @@ fn arguments(options: &Options, port: u16, data: &Path) -> Vec<String> {
         format!("--wiredTigerCacheSizeGB={}", options.cache_gb),
         format!("--oplogSize={}", options.oplog_mb),
     ];
+    if !options.name.is_empty() {
+        arguments.push(format!("--replSet={}", options.name));
+    }
     if options.oplog_mb < Options::SMALL_OPLOG_MB {
         arguments.push("--syncdelay=1".to_owned());
     }

@@ -11,10 +11,12 @@ mod options;
 mod role;
 mod set;
 mod setup;
+mod standalone;
 mod warm;
 
 pub use self::clients::User;
 pub use self::options::Options;
 pub use self::role::farshore_role;
 pub use self::set::ReplicaSet;
+pub use self::standalone::Standalone;
 pub use self::warm::Warm;

@@ -19,7 +19,7 @@ pub struct Options {
     pub oplog_mb: u32,
     /// More `--setParameter` arguments, such as `("enableTestCommands", "1")`.
     pub set_parameters: Vec<(String, String)>,
-    /// Replica set name.
+    /// Replica set name; empty for a server on its own.
     pub name: String,
 }
 

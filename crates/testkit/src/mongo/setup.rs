@@ -37,10 +37,15 @@ pub(super) async fn initiate(access: &Access) -> Result<()> {
 /// Waits until every member accepts connections.
 pub(super) async fn answering(access: &Access) -> Result<()> {
     for host in &access.hosts {
-        let address = host.to_string();
-        wait::until(&format!("mongod on {address} to listen"), START, || tokio::net::TcpStream::connect(&address))
-            .await?;
+        listening(&host.to_string()).await?;
     }
+    Ok(())
+}
+
+/// Waits until somebody accepts connections at an address.
+pub(super) async fn listening(address: &str) -> Result<()> {
+    let what = format!("mongod on {address} to listen");
+    wait::until(&what, START, || tokio::net::TcpStream::connect(address)).await?;
     Ok(())
 }
 

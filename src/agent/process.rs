@@ -1,0 +1,86 @@
+//! The agent as a process: signals that stop it, panics that end it, and starting again in place.
+
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode};
+
+use futures::FutureExt as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// SIGTERM and SIGINT; caught from when this is made until the process ends.
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches them.
+    ///
+    /// # Errors
+    /// The system does not let us.
+    pub(super) fn catch() -> Result<Self, String> {
+        let catch = |kind| signal(kind).map_err(|error| format!("signals cannot be received: {error}"));
+        Ok(Self { terminate: catch(SignalKind::terminate())?, interrupt: catch(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one.
+    pub(super) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+
+    /// Whether one came and was not waited for.
+    pub(super) fn came(&mut self) -> bool {
+        self.next().now_or_never().is_some()
+    }
+}
+
+/// A panic is a broken invariant: the process ends at once and starts again from what is stored.
+pub(super) fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
+/// Puts a new agent, as if just started, into the place of this one: same process id, same arguments, nothing left over.
+/// Returns only when that fails; then whatever started this process has to do it again.
+pub(super) fn start_again() -> ExitCode {
+    let error = replace([]);
+    tracing::error!(%error, "the agent cannot start again by itself");
+    ExitCode::FAILURE
+}
+
+/// Limits of what the C library's allocator keeps for itself, see mallopt(3): two arenas, as the runtime has two workers,
+/// and buffers from 1 MiB go back to the system when they are freed. Without them glibc keeps, with a large backlog, as
+/// much again as is in use (docs/PERFORMANCE.md). Other C libraries ignore them.
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "1048576")];
+
+/// Returns in a process whose allocator has its limits; whoever sets one himself keeps it. They are read when a process
+/// starts and have no safe call, so they go into the environment of the same process started once more.
+pub(super) fn bound_allocator() {
+    let unset: Vec<_> = ALLOCATOR.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if unset.is_empty() {
+        return;
+    }
+    let error = replace(unset);
+    // Only more memory than need be; no reason not to run.
+    eprintln!("farshore: cannot start again with limits for the allocator, going on without them: {error}");
+}
+
+/// Starts this program in the place of this process; returns only when that fails.
+fn replace<'a>(variables: impl IntoIterator<Item = (&'a str, &'a str)>) -> io::Error {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return error,
+    };
+    let mut arguments = std::env::args_os();
+    let mut command = Command::new(program);
+    if let Some(name) = arguments.next() {
+        command.arg0(name);
+    }
+    command.args(arguments).envs(variables).exec()
+}
