@@ -90,6 +90,6 @@ mod tests {
     fn each_cause_of_a_divergence_has_its_count() {
         let mut status = ApplyStatus::default();
         status.diverged.insert(Cause::Exists, 2);
-        assert_eq!(applied(&status).diverged, [("missing", 0), ("exists", 2), ("unique", 0)]);
+        assert_eq!(applied(&status).diverged, [("missing", 0), ("exists", 2), ("unique", 0), ("shape", 0)]);
     }
 }
