@@ -137,9 +137,11 @@ impl Sites {
         let source = self.source()?;
         load.prepare(&source).await?;
         self.settle().await?;
-        ensure!(self.agent(Side::South).term().await?.success(), "the target agent did not end well");
+        let ended = self.agent(Side::South).term().await?;
+        ensure!(ended.success(), "the target agent ended with {ended}");
         if mode == Mode::BothStopped {
-            ensure!(self.agent(Side::North).term().await?.success(), "the source agent did not end well");
+            let ended = self.agent(Side::North).term().await?;
+            ensure!(ended.success(), "the source agent ended with {ended}");
         }
         let idle = self.usages()?;
         let end = Position::new(cluster_time(load.write(&source).await?), 1);
