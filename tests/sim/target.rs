@@ -266,7 +266,8 @@ impl TargetDb {
             return Err(Err("a document is patched twice from one reading".into()));
         }
         for patch in changes {
-            let diverged = Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Path };
+            let diverged =
+                Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Path };
             let before = self.collections.get(&here).and_then(|c| c.documents.get(&patch.identity)).cloned();
             let Some(before) = before else { return Err(Ok(CommitError::Diverged(diverged))) };
             let before = RawDocument::from_bytes(&before).expect("stored documents are valid");
