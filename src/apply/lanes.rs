@@ -145,6 +145,14 @@ impl Entry {
             Self::Meeting(position) => *position,
         }
     }
+
+    /// Position of its first change.
+    fn first(&self, meetings: &BTreeMap<Position, Meeting>) -> Position {
+        match self {
+            Self::Change(item) => item.position,
+            Self::Meeting(position) => meetings[position].items[0].position,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -510,7 +518,9 @@ impl Lanes {
     fn step(&self, lane: LaneId, last: Position) -> LaneStep {
         let Lane { queue, state, .. } = &self.lanes[lane.index()];
         let position = state.position.max(last);
-        let mut parked = BTreeMap::new();
+        // A lane that stands where reading has not come again yet: what it parked and what is not read is not applied.
+        let unread = |(uuid, through): (&CollectionUuid, &Position)| (*uuid, (*through).max(self.read));
+        let mut parked: BTreeMap<_, _> = state.parked.iter().map(unread).filter(|(_, at)| *at < position).collect();
         let mut park = |collection: CollectionUuid, first: Position| {
             if first <= position {
                 let through = first.predecessor();
@@ -518,10 +528,16 @@ impl Lanes {
                 *entry = (*entry).min(through);
             }
         };
-        for entry in queue {
+        for entry in queue.iter().take_while(|entry| entry.first(&self.meetings) <= position) {
             match entry {
-                Entry::Change(item) if item.position <= position => park(item.collection, item.position),
-                _ => break,
+                Entry::Change(item) => park(item.collection, item.position),
+                Entry::Meeting(at) => {
+                    for item in &self.meetings[at].items {
+                        if self.collections[&item.collection].lane(item.collection, item) == lane {
+                            park(item.collection, item.position);
+                        }
+                    }
+                }
             }
         }
         for (uuid, collection) in &self.collections {
@@ -562,10 +578,7 @@ impl Lanes {
 
     /// Everything at or below is applied (as far as this process committed it).
     pub fn floor(&self) -> Position {
-        let queued = self.lanes.iter().filter_map(|lane| match lane.queue.front()? {
-            Entry::Change(item) => Some(item.position),
-            Entry::Meeting(position) => Some(self.meetings[position].items[0].position),
-        });
+        let queued = self.lanes.iter().filter_map(|lane| Some(lane.queue.front()?.first(&self.meetings)));
         let running = self.running.values().map(|job| job.first);
         let gated = self.collections.values().filter_map(|c| c.first_gated.values().min().copied());
         let ddl = self.ddls.keys().map(|(position, _)| *position);

@@ -160,7 +160,8 @@ fn uuid(collection: u8) -> CollectionUuid {
 
 fn item(position: Position, (collection, id, value): Write) -> Item {
     let bytes = Bytes::from(vec![collection, id, u8::from(value.is_some()), value.unwrap_or(0)]);
-    let lane = LaneId::of(u64::from(collection) * 7 + u64::from(id) * 13);
+    // Few lanes, so that collections meet in them, also in the one lane of the collection that changes its laning.
+    let lane = if id < 2 { hash::lane_of_collection(uuid(2)) } else { LaneId::of(u64::from(id % 3)) };
     Item { position, bytes, collection: uuid(collection), key: u128::from(id), doc_lane: lane }
 }
 
@@ -333,6 +334,29 @@ fn a_long_ddl_on_one_collection_does_not_hold_back_another() {
     lanes.ddl_done((at(1), 0));
     let job = lanes.take(Limits { changes: 10, bytes: 1000, lanes: 64 }).expect("the gate opened");
     assert_eq!(job.items[0].collection, uuid(0));
+}
+
+#[test]
+fn what_a_lane_parked_stays_parked_until_it_is_read_and_applied_again() {
+    let at = |time| Position::new(ClusterTime(time), 1);
+    let mut states = vec![LaneState::default(); LaneId::COUNT];
+    let lane = item(at(1), (0, 1, None)).doc_lane;
+    states[lane.index()] =
+        LaneState { position: at(9), parked: BTreeMap::from([(uuid(0), at(2).predecessor())]), floors: Vec::new() };
+    let mut lanes = Lanes::new(states.clone(), Position::ZERO);
+    lanes.push(item(at(2), (0, 1, Some(1))));
+    let limits = Limits { changes: 10, bytes: 1000, lanes: 64 };
+    let job = lanes.take(limits).expect("the parked change");
+    let to = &job.lanes[0].to;
+    assert_eq!((to.position, to.parked.get(&uuid(0))), (at(9), Some(&at(2))), "the changes up to 9 are not read yet");
+
+    let mut lanes = Lanes::new(states, Position::ZERO);
+    lanes.push(item(at(2), (0, 1, Some(1))));
+    lanes.push_together(vec![item(at(3), (0, 1, Some(2)))]);
+    lanes.push(item(at(4), (0, 1, Some(3))));
+    lanes.read_through(at(9));
+    let job = lanes.take(limits).expect("the change before the transaction");
+    assert_eq!(job.lanes[0].to.parked.get(&uuid(0)), Some(&at(3).predecessor()), "the transaction still waits");
 }
 
 #[test]
