@@ -16,7 +16,8 @@ use super::catalog::{Entries, Presence};
 use super::lanes::{Floor, Item, Job, LaneStep};
 use super::plan::{Floors, Resolved};
 use super::status::ApplyStatus;
-use super::target::{Cause, CommitError, Divergence, Suspect, Target, TargetError, Transaction, key_of};
+use super::suspects::key_of;
+use super::target::{Cause, CommitError, Divergence, Suspect, Target, TargetError, Transaction};
 use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
 
 /// Fetches documents from the source (rule K).

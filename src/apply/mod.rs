@@ -6,7 +6,7 @@
 //!                              └────────┴── session drives all of it, engine the sessions
 //! ```
 //!
-//! [`lanes`], [`plan`], [`delta`], [`route`] and [`store`] are pure; [`engine`] is the task, one `session` after
+//! [`lanes`], [`plan`], [`delta`], [`route`], [`suspects`] and [`store`] are pure; [`engine`] is the task, one `session` after
 //! another, [`heal`] applies a job of one; [`mongo`] and `ddl` talk to MongoDB behind the trait in [`target`], which
 //! simulations implement in memory.
 
@@ -25,4 +25,5 @@ pub mod route;
 mod session;
 pub mod status;
 pub mod store;
+pub mod suspects;
 pub mod target;

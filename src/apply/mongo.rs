@@ -20,12 +20,12 @@ use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{self, Patch, Step};
 use super::reply::{WriteError, first_write_error, hint_of, plan_error};
 use super::store;
+use super::suspects::{self, key_of};
 use super::target::{
     Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
-    key_of,
 };
 use crate::model::raw::{self, Writer};
-use crate::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, StreamId, Term, hash};
+use crate::model::{CollectionUuid, LaneId, Position, StreamHash, StreamId, Term, hash};
 use crate::mongo::{self, Failure, code};
 
 pub(super) const DB: &str = "farshore";
@@ -520,10 +520,7 @@ impl Target for MongoTarget {
                 }
             }
             Divergence::Document { collection, identity, cause } => {
-                let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-                if let Some(key) = items.iter().find(same).and_then(key_of) {
-                    suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: *cause });
-                }
+                suspects.extend(suspects::named(items, *collection, *identity, *cause));
             }
             Divergence::Somewhere => {}
         }
@@ -597,32 +594,6 @@ impl MongoTarget {
                 there.extend(self.existing(entry, keys).await?.into_iter().map(|identity| (*uuid, identity)));
             }
         }
-        let mut suspects = BTreeMap::new();
-        for item in items {
-            let Some(change) =
-                RawDocument::from_bytes(&item.bytes).ok().and_then(|d| Change::parse(item.position, d).ok())
-            else {
-                continue;
-            };
-            let id = (item.collection, item.key);
-            let exists = there.contains(&id);
-            let cause = match change.op {
-                Op::Insert if exists => Some(Cause::Exists),
-                Op::Update | Op::Replace if !exists => Some(Cause::Missing),
-                Op::Delete if !exists => Some(Cause::Missing),
-                _ => None,
-            };
-            if change.op == Op::Delete {
-                there.remove(&id)
-            } else {
-                there.insert(id)
-            };
-            let cause = if change.trimmed { Some(Cause::Large) } else { cause };
-            if let (Some(cause), Some(key)) = (cause, change.document_key) {
-                let suspect = Suspect { collection: item.collection, identity: item.key, key: key.to_owned(), cause };
-                suspects.entry(id).or_insert(suspect);
-            }
-        }
-        Ok(suspects.into_values().collect())
+        Ok(suspects::unmatched(items, there))
     }
 }

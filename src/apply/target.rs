@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
-use bson::raw::{RawDocument, RawDocumentBuf};
+use bson::raw::RawDocumentBuf;
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry};
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{Floors, Resolved};
-use crate::model::{Change, CollectionUuid, Incarnation, Position, StreamHash, Term};
+use crate::model::{CollectionUuid, Incarnation, Position, StreamHash, Term};
 
 /// Why the target did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -113,12 +113,6 @@ pub struct Suspect {
     pub key: RawDocumentBuf,
     /// Why.
     pub cause: Cause,
-}
-
-/// The key of a change's document.
-pub(super) fn key_of(item: &Item) -> Option<RawDocumentBuf> {
-    let document = RawDocument::from_bytes(&item.bytes).ok()?;
-    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }
 
 /// What is stored of a stream at its target.

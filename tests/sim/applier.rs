@@ -1,12 +1,13 @@
 //! Apply's view of the target: the trait the engine drives, with everything that can go wrong between two statements.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use bson::RawDocument;
 use bson::oid::ObjectId;
 use farshore::apply::catalog::{Entries, Entry, Presence};
 use farshore::apply::lanes::{Item, LaneState};
+use farshore::apply::suspects;
 use farshore::apply::target::{
     Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
 };
@@ -89,11 +90,6 @@ fn election(db: &TargetDb) -> Election {
     let mut bytes = [0; 12];
     bytes[4..].copy_from_slice(&db.election.to_be_bytes());
     Some(ObjectId::from_bytes(bytes))
-}
-
-fn key_of(item: &Item) -> Option<bson::RawDocumentBuf> {
-    let document = RawDocument::from_bytes(&item.bytes).ok()?;
-    Change::parse(item.position, document).ok()?.document_key.map(RawDocument::to_owned)
 }
 
 impl Target for SimTarget {
@@ -258,10 +254,7 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
             }
         }
         Divergence::Document { collection, identity, cause } => {
-            let same = |item: &&Item| item.collection == *collection && item.key == *identity;
-            if let Some(key) = items.iter().find(same).and_then(key_of) {
-                suspects.push(Suspect { collection: *collection, identity: *identity, key, cause: *cause });
-            }
+            suspects.extend(suspects::named(items, *collection, *identity, *cause));
         }
         Divergence::Somewhere => {}
     }
@@ -271,31 +264,7 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
             there.insert((item.collection, item.key));
         }
     }
-    let mut found = BTreeMap::new();
-    for item in items {
-        let Ok(change) = Change::parse(item.position, RawDocument::from_bytes(&item.bytes).expect("valid")) else {
-            continue;
-        };
-        let id = (item.collection, item.key);
-        let exists = there.contains(&id);
-        let cause = match change.op {
-            Op::Insert if exists => Some(Cause::Exists),
-            Op::Update | Op::Replace if !exists => Some(Cause::Missing),
-            Op::Delete if !exists => Some(Cause::Missing),
-            _ => None,
-        };
-        if change.op == Op::Delete {
-            there.remove(&id)
-        } else {
-            there.insert(id)
-        };
-        let cause = if change.trimmed { Some(Cause::Large) } else { cause };
-        if let (Some(cause), Some(key)) = (cause, change.document_key) {
-            let suspect = Suspect { collection: id.0, identity: id.1, key: key.to_owned(), cause };
-            found.entry(id).or_insert(suspect);
-        }
-    }
-    suspects.extend(found.into_values());
+    suspects.extend(suspects::unmatched(items, there));
     suspects
 }
 
