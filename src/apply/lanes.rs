@@ -189,11 +189,18 @@ impl Collection {
         })
     }
 
+    /// The lanes an item may end up in: both, while DDL before it may change the laning.
+    fn lanes(&self, uuid: CollectionUuid, item: &Item) -> BTreeSet<LaneId> {
+        match self.barrier().is_some_and(|barrier| barrier < item.position) {
+            true => BTreeSet::from([item.doc_lane, hash::lane_of_collection(uuid)]),
+            false => BTreeSet::from([self.lane(uuid, item)]),
+        }
+    }
+
     fn gate(&mut self, uuid: CollectionUuid, item: Item) {
         // Gated changes may wait long: they must not hold on to their whole batch.
         let item = Item { bytes: Bytes::copy_from_slice(&item.bytes), ..item };
-        // Which lane it will take depends on the DDL before it, so both are marked.
-        for lane in [item.doc_lane, hash::lane_of_collection(uuid)] {
+        for lane in self.lanes(uuid, &item) {
             self.first_gated.entry(lane).or_insert(item.position);
         }
         self.gate.push_back(Gated::Change(item));
@@ -328,12 +335,7 @@ impl Lanes {
             self.bytes += item.bytes.len();
             let collection = self.collections.entry(item.collection).or_default();
             collection.meetings.insert(last);
-            // While DDL is pending the lane it will take is not known yet: it meets in both.
-            if !collection.gate.is_empty() {
-                meeting.lanes.insert(item.doc_lane);
-                meeting.lanes.insert(hash::lane_of_collection(item.collection));
-            }
-            meeting.lanes.insert(collection.lane(item.collection, item));
+            meeting.lanes.extend(collection.lanes(item.collection, item));
             meeting.collections.insert(item.collection);
         }
         for lane in &meeting.lanes {
@@ -342,7 +344,7 @@ impl Lanes {
         self.meetings.insert(last, meeting);
     }
 
-    /// A DDL step; what is pushed later for its keys waits behind it.
+    /// A DDL step that is still to be done; what is pushed later for its keys waits behind it.
     pub fn push_ddl(&mut self, id: DdlId, keys: Vec<GateKey>) {
         self.read_through(id.0);
         for key in &keys {
@@ -533,7 +535,7 @@ impl Lanes {
                 Entry::Change(item) => park(item.collection, item.position),
                 Entry::Meeting(at) => {
                     for item in &self.meetings[at].items {
-                        if self.collections[&item.collection].lane(item.collection, item) == lane {
+                        if self.collections[&item.collection].lanes(item.collection, item).contains(&lane) {
                             park(item.collection, item.position);
                         }
                     }

@@ -360,6 +360,25 @@ fn what_a_lane_parked_stays_parked_until_it_is_read_and_applied_again() {
 }
 
 #[test]
+fn a_transaction_behind_ddl_stays_parked_in_every_lane_it_may_take() {
+    let at = |time| Position::new(ClusterTime(time), 1);
+    let one = hash::lane_of_collection(uuid(2));
+    let mut states = vec![LaneState::default(); LaneId::COUNT];
+    let parked = BTreeMap::from([(uuid(0), at(1)), (uuid(2), at(2))]);
+    states[one.index()] = LaneState { position: at(9), parked, floors: Vec::new() };
+    let mut lanes = Lanes::new(states, Position::ZERO);
+    let (before, within) = (item(at(2), (0, 0, Some(1))), item(at(4), (2, 5, Some(1))));
+    assert_eq!(before.doc_lane, one);
+    assert_ne!(within.doc_lane, one, "until the DDL is done the transaction has another lane");
+    lanes.push(before);
+    lanes.push_ddl((Position::before(ClusterTime(3)), 1), vec![GateKey::Collection(uuid(2))]);
+    lanes.push_together(vec![within]);
+    lanes.read_through(at(9));
+    let job = lanes.take(Limits { changes: 10, bytes: 1000, lanes: 64 }).expect("the change before the transaction");
+    assert_eq!(job.lanes[0].to.parked.get(&uuid(2)), Some(&at(4).predecessor()), "the DDL may bring it here");
+}
+
+#[test]
 fn a_transaction_waits_for_all_its_lanes_and_runs_alone_on_them() {
     let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT], Position::ZERO);
     let at = |time, ordinal| Position::new(ClusterTime(time), ordinal);

@@ -154,6 +154,11 @@ impl Router {
     }
 
     fn ddl(&mut self, change: &Change<'_>, bytes: Bytes, entries: &Entries, units: &mut Vec<Unit>) {
+        // A lane that stands past it may have applied what comes after it: only what is to be done may close a gate again.
+        let done = |uuid| entries.get(&uuid).is_some_and(|entry| entry.ddl_through >= change.position);
+        if change.uuid.is_some_and(done) {
+            return;
+        }
         if let (Some(uuid), false) = (change.uuid, change.op == Op::Create) {
             self.know(change.position, uuid, change, entries, units);
         }
@@ -272,6 +277,16 @@ mod tests {
             &units[..],
             [Unit::Ddl { step: DdlStep::Adopt { .. }, .. }, Unit::Change(_), Unit::Change(_)]
         ));
+    }
+
+    #[test]
+    fn ddl_that_is_done_closes_no_gate_again() {
+        let batch = changes(1, &[(2, 1, event("drop", 0)), (3, 1, event("insert", 1)), (4, 1, event("drop", 0))], true);
+        let (mut entries, mut units) = (known(), Vec::new());
+        entries.get_mut(&CollectionUuid([1; 16])).expect("known").ddl_through = Position::new(ClusterTime(2), 1);
+        Router::default().feed(&batch, Position::ZERO, &entries, &mut units).expect("feed");
+        let [Unit::Change(_), Unit::Ddl { id, .. }] = &units[..] else { panic!("{units:?}") };
+        assert_eq!(id.0, Position::before(ClusterTime(4)));
     }
 
     #[test]
