@@ -296,11 +296,12 @@ impl<'a> Session<'a> {
         self.ack.now |= now.duration_since(self.ack.said) >= REPEAT;
         self.progress.now |= now.duration_since(self.progress.said) >= REPEAT;
         self.ping.now |= now.duration_since(self.ping.said) >= REPEAT;
-        if let Some(take) = &mut self.take {
-            take.measure();
-        }
         let silent = (self.ship.is_some() || self.take.is_some()) && now.duration_since(self.heard) >= SILENCE;
-        silent.then(|| Ended::Lost(format!("nothing was heard for {} s", SILENCE.as_secs())))
+        if silent {
+            return Some(Ended::Lost(format!("nothing was heard for {} s", SILENCE.as_secs())));
+        }
+        let outcome = self.take.as_mut()?.tick();
+        self.taken(outcome)
     }
 
     fn has_frame(&self) -> bool {

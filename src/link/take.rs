@@ -113,8 +113,22 @@ impl Take {
         self.shared.peers.get(self.machine.source()).expect("sessions are with peers only")
     }
 
+    /// Looks at the inbox again. One that was cut back (a damaged record) must be received again from its end, which only a
+    /// new session asks for; the source may have nothing left to ship in this one.
+    pub(super) fn tick(&mut self) -> Outcome {
+        self.measure();
+        let kept = self.log.state().map(|state| state.end);
+        match self.machine.durable() {
+            Some(durable) if kept < Some(durable) => {
+                let kept = kept.map_or("its beginning".to_owned(), |end| end.to_string());
+                Outcome::Failed(format!("the inbox was cut back from {durable} to {kept}; it is received again"))
+            }
+            _ => Outcome::Nothing,
+        }
+    }
+
     /// Looks again how much the inbox can take.
-    pub(super) fn measure(&mut self) {
+    fn measure(&mut self) {
         let room = self.shared.room();
         self.machine.on(receiver::Event::Room(room));
     }

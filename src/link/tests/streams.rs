@@ -78,6 +78,27 @@ async fn a_slow_inbox_holds_the_source_back_within_the_credit() {
 }
 
 #[tokio::test]
+async fn an_inbox_that_is_cut_back_is_received_again_though_nothing_more_is_shipped() {
+    let pki = Pki::new();
+    let (north, south) = pair(&pki).await;
+    north.capture(10, 20, 2).await;
+    south.until_received(20).await;
+    let inbox = south.logs.log(&LogId::Inbox(site("north")));
+    let first = inbox.reader(at(10)).next().await.expect("reads").batch.header().clone();
+    assert_eq!(first.end, at(12));
+    inbox.rewind(first.end, first.hash, None).await.expect("cut back");
+    let again = async {
+        while inbox.state().expect("begun").end < at(20) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), again).await.expect("received again in time");
+    assert_eq!(south.inbox().await, (10..20).collect::<Vec<_>>());
+    north.stop().await;
+    south.stop().await;
+}
+
+#[tokio::test]
 async fn progress_acks_and_fetches_cross_the_link_and_survive_a_cut() {
     let pki = Pki::new();
     let (north, south) = pair(&pki).await;
