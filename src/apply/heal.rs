@@ -108,6 +108,9 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
     ) -> Result<usize, TargetError> {
         let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
         let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
+        if suspects.iter().any(|suspect| suspect.cause.is_divergence()) {
+            self.must_stand(&job.lanes).await?;
+        }
         let known: BTreeSet<_> = resolved.iter().map(|r| (r.floor.collection, r.floor.key)).collect();
         let mut wanted: BTreeMap<CollectionUuid, Vec<Suspect>> = BTreeMap::new();
         let mut seen = BTreeSet::new();
@@ -140,6 +143,16 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             resolved.extend(self.fetch_all(collection, suspects).await?);
         }
         Ok(count)
+    }
+
+    /// What was lost by a failover of the target is no divergence: nothing is said of documents before it is sure that the
+    /// commits they build on are there.
+    async fn must_stand(&self, lanes: &[LaneStep]) -> Result<(), TargetError> {
+        let (positions, _) = self.target.confirm(None).await?;
+        match lanes.iter().all(|step| positions[step.lane.index()] == step.from.position) {
+            true => Ok(()),
+            false => Err(TargetError::Moved("the lanes are not where this transaction begins".into())),
+        }
     }
 
     /// A unique value is held by a document that was fetched, and so is ahead of these changes: what collides with it
