@@ -202,15 +202,17 @@ pub async fn write_majority(
     doing: &'static str,
 ) -> Result<Document, Failure> {
     let reply = run_majority(client, db, command, doing).await?;
-    let error = reply.get_array("writeErrors").ok().and_then(|errors| errors.first()?.as_document());
-    match error {
+    match unwritten(&reply, doing) {
         None => Ok(reply),
-        Some(error) => {
-            let code = error.get_i32("code").unwrap_or(0);
-            let detail = format!("{} ({code})", error.get_str("errmsg").unwrap_or("not written"));
-            Err(Failure { doing, kind: kind_of(code), transaction_aborted: false, server_code: Some(code), detail })
-        }
+        Some(failure) => Err(failure),
     }
+}
+
+fn unwritten(reply: &Document, doing: &'static str) -> Option<Failure> {
+    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
+    let code = error.get_i32("code").unwrap_or(0);
+    let detail = format!("{} ({code})", error.get_str("errmsg").unwrap_or("not written"));
+    Some(Failure { doing, kind: kind_of(code), transaction_aborted: false, server_code: Some(code), detail })
 }
 
 /// What the server says about itself and its replica set.
@@ -320,6 +322,18 @@ pub fn uuid_of(entry: &RawDocument) -> Option<crate::model::CollectionUuid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_statement_that_was_not_written_is_a_failure() {
+        let refused =
+            doc! {"ok": 1, "n": 0, "writeErrors": [{"index": 0, "code": 371, "errmsg": "user writes blocked"}]};
+        let failure = unwritten(&refused, "write a mark").expect("a failure");
+        assert_eq!((failure.code(), failure.is_transient()), (Some(code::USER_WRITES_BLOCKED), false));
+        assert!(failure.to_string().contains("user writes blocked"), "{failure}");
+        let stepped_down = doc! {"ok": 1, "writeErrors": [{"index": 0, "code": 10107, "errmsg": "not primary"}]};
+        assert!(unwritten(&stepped_down, "write a mark").expect("a failure").is_transient());
+        assert!(unwritten(&doc! {"ok": 1, "n": 1}, "write a mark").is_none());
+    }
 
     #[test]
     fn cluster_times_convert_both_ways() {

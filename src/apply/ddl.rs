@@ -146,6 +146,7 @@ async fn name_of(target: &MongoTarget, db: &str, here: CollectionUuid) -> Result
 }
 
 async fn command(target: &MongoTarget, db: &str, command: Document, doing: &'static str) -> Result<(), TargetError> {
+    target.about_to_send().await?;
     match mongo::run_majority(&target.client, db, command, doing).await.map_err(|failure| target.counted(failure)) {
         Ok(_) => Ok(()),
         Err(failure) if failure.is_transient() => Err(failure.into()),
