@@ -109,8 +109,10 @@ const IN_FLIGHT: usize = 32;
 pub const RESYNC: &str = "copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// The resume token is persisted at least this often while nothing is captured, so it never ages out of the oplog.
+/// The resume token is persisted so often while nothing is captured, so it never ages out of the oplog.
 const TOKEN_EVERY: Duration = Duration::from_secs(1);
+/// Marks come more often than this: until then the token of an event is kept, see [`Chunker`].
+const QUIET: Duration = Duration::from_secs(10);
 
 enum Outcome {
     Cancelled,
@@ -294,7 +296,7 @@ impl<T: Tail> Capture<T> {
         cancel: &CancellationToken,
     ) -> Result<Passed, Outcome> {
         let mut pending: VecDeque<Pending> = VecDeque::new();
-        let mut token_saved = tokio::time::Instant::now();
+        let mut token_due = tokio::time::Instant::now() + QUIET;
         loop {
             let step = tokio::select! {
                 biased;
@@ -336,8 +338,11 @@ impl<T: Tail> Capture<T> {
             if chunker.unit_open() {
                 self.nudge.notify_one();
             }
-            if pending.is_empty() && token_saved.elapsed() >= TOKEN_EVERY {
-                token_saved = tokio::time::Instant::now();
+            let now = tokio::time::Instant::now();
+            if !pending.is_empty() {
+                token_due = now + QUIET;
+            } else if now >= token_due {
+                token_due = now + TOKEN_EVERY;
                 if let Some(token) = chunker.idle_token()
                     && let Err(error) = self.log.put_token(token.clone()).await
                 {

@@ -80,10 +80,13 @@ pub struct Chunker {
     /// End of the last batch.
     end: Position,
     hash: StreamHash,
-    /// The server emits one change per cluster time outside of transactions (MongoDB before 8.0).
+    /// The server emits one change per cluster time outside of transactions (MongoDB before 6.1).
     single_change_units: bool,
     /// The reply's own token; what a change stream can be resumed after when no batch is cut.
     token: Option<Bytes>,
+    /// Token of the newest event. Only such a one is looked for in the oplog: resumed after it, a history that was rewound
+    /// (a restored backup) is noticed; the token of a reply is a mere time.
+    newest: Option<Bytes>,
 }
 
 impl Chunker {
@@ -95,7 +98,7 @@ impl Chunker {
         hash: StreamHash,
         single_change_units: bool,
     ) -> Self {
-        Self { incarnation, epoch, end, hash, single_change_units, token: None }
+        Self { incarnation, epoch, end, hash, single_change_units, token: None, newest: None }
     }
 
     /// End of the last batch.
@@ -147,17 +150,22 @@ impl Chunker {
         let reply_time = token::decode(reply_token)?;
         if let Some((own_token, in_transaction)) = last {
             let position = builder.last();
-            let (end, token) = match reply_time {
-                Token::HighWater(time) if time > position.time => (Position::before(time), reply_token),
-                _ if self.single_change_units && !in_transaction => (Position::through(position.time), own_token),
-                _ => (position, own_token),
+            let end = match reply_time {
+                Token::HighWater(time) if time > position.time => Position::before(time),
+                _ if self.single_change_units && !in_transaction => Position::through(position.time),
+                _ => position,
             };
-            cuts.push(self.finish(builder, end, token, flow));
+            cuts.push(self.finish(builder, end, own_token, flow));
+            self.newest = cuts.last().map(|cut| cut.token.clone());
         } else if let Token::HighWater(time) = reply_time
             && self.unit_open()
             && time > self.end.time
         {
-            cuts.push(self.finish(builder, Position::before(time), reply_token, flow));
+            let mut cut = self.finish(builder, Position::before(time), reply_token, flow);
+            if let Some(newest) = &self.newest {
+                cut.token = newest.clone();
+            }
+            cuts.push(cut);
         }
         self.token = Some(Bytes::copy_from_slice(reply_token.as_bytes()));
         Ok(cuts)
@@ -268,14 +276,23 @@ mod tests {
         let cuts = chunker.cut(&reply(&[], token_of(at(3), None))).expect("cut");
         assert_eq!(cuts[0].batch.header().end, Position::before(at(3)));
         assert_eq!(cuts[0].batch.header().count, 0);
+        let event = token_of(at(2), Some(1));
+        assert_eq!(cuts[0].token, event.as_bytes(), "a mere time would hide that the history was rewound");
         assert!(!chunker.unit_open());
     }
 
     #[test]
-    fn before_8_0_a_change_outside_a_transaction_is_a_whole_unit() {
+    fn before_6_1_a_change_outside_a_transaction_is_a_whole_unit() {
         let mut chunker = chunker(true);
         let cuts = chunker.cut(&reply(&[event(at(2), 0, false)], token_of(at(2), Some(0)))).expect("cut");
         assert_eq!(cuts[0].batch.header().end, Position::through(at(2)));
+    }
+
+    #[test]
+    fn a_batch_is_resumed_after_its_last_event() {
+        let cuts = chunker(true).cut(&reply(&[event(at(2), 0, false)], token_of(at(9), None))).expect("cut");
+        assert_eq!(cuts[0].batch.header().end, Position::before(at(9)));
+        assert_eq!(cuts[0].token, token_of(at(2), Some(0)).as_bytes());
     }
 
     #[test]

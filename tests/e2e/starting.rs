@@ -9,6 +9,7 @@ use farshore_testkit::agent::AgentProcess;
 use farshore_testkit::compare::Options;
 use farshore_testkit::mongo::{self, User};
 use farshore_testkit::pair::{Pair, PairOptions, Sets, Side};
+use farshore_testkit::scratch::Scratch;
 use farshore_testkit::wait;
 
 use crate::handover::Load;
@@ -260,4 +261,46 @@ async fn a_changed_password_is_taken_up_while_streaming_in_either_order() -> Res
         ensure!(pair.site(side).agents[0].term().await?.success(), "it ends with a failure");
     }
     pair.check_logs(&[])
+}
+
+/// The volume of the source's database is put back to an older snapshot: the same replica set with the same records in it,
+/// but what was written since never happened, and is at the target.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_was_put_back_to_an_older_copy_is_found_out() -> Result<()> {
+    for running in [true, false] {
+        let mut pair = pair(own_sets(mongo::Options::default())).await?;
+        let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
+        let folder = Scratch::new("volume")?;
+        let copy = folder.path().join("db");
+        source.database("app").collection("c").insert_one(doc! {"_id": "before"}).await?;
+        caught_up(&mut pair).await?;
+        pair.north.mongo.terminate(0).await?;
+        pair.north.mongo.save_data(0, &copy)?;
+        pair.north.mongo.restart(0).await?;
+        source.database("app").collection("c").insert_one(doc! {"_id": "undone"}).await?;
+        caught_up(&mut pair).await?;
+        if !running {
+            ensure!(pair.north.agents[0].term().await?.success(), "it ends with a failure");
+        }
+        pair.north.mongo.terminate(0).await?;
+        pair.north.mongo.restore_data(0, &copy)?;
+        pair.north.mongo.restart(0).await?;
+        if !running {
+            pair.north.agents[0].restart()?;
+        }
+        let reason = wait::until("the stream to be given up", DEADLINE, || async {
+            let said = status(&pair.pki, &pair.north.agents[0]).await?;
+            let stream = said.streams.into_iter().next().context("no stream")?;
+            ensure!(stream.state == "failed", "{} ({})", stream.state, stream.reason);
+            anyhow::Ok(stream.reason)
+        })
+        .await?;
+        println!("agent running {running}: {reason}");
+        ensure!(reason.contains("history lost"), "{reason}");
+        source.database("app").collection("c").insert_one(doc! {"_id": "after"}).await?;
+        logged(&pair.north.agents[0], "history lost").await?;
+        ensure!(count(&target).await? == 2, "the target went on");
+        pair.check_logs(&["history lost"])?;
+    }
+    Ok(())
 }

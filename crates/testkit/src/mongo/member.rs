@@ -15,6 +15,7 @@ pub(super) struct Member {
     pub(super) port: Port,
     pub(super) process: Process,
     arguments: Vec<String>,
+    data: PathBuf,
     log: PathBuf,
 }
 
@@ -43,7 +44,29 @@ impl Member {
         }
         let log = folder.join("mongod.log");
         let process = spawn(&port, &arguments, &log)?;
-        Ok(Self { port, process, arguments, log })
+        Ok(Self { port, process, arguments, data, log })
+    }
+
+    /// Copies the data of a member that is down, as a snapshot of its volume would.
+    pub(super) fn save_data(&self, to: &Path) -> Result<()> {
+        self.copy(&self.data, to)
+    }
+
+    /// Puts a copy in the place of the data of a member that is down.
+    pub(super) fn restore_data(&self, from: &Path) -> Result<()> {
+        std::fs::remove_dir_all(&self.data).with_context(|| format!("remove {}", self.data.display()))?;
+        self.copy(from, &self.data)
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> Result<()> {
+        if self.process.is_running() {
+            bail!("the mongod on {} still runs", self.port);
+        }
+        let done = Command::new("cp").arg("-a").args([from, to]).status().context("run cp")?;
+        if !done.success() {
+            bail!("cp -a {} {} ended with {done}", from.display(), to.display());
+        }
+        Ok(())
     }
 
     /// Starts it again with the same files and port.

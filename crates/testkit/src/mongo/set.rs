@@ -1,5 +1,6 @@
 //! A replica set in the hands of a test.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -181,6 +182,16 @@ impl ReplicaSet {
     /// SIGCONT.
     pub fn cont(&self, member: usize) -> Result<()> {
         self.member(member).process.cont()
+    }
+
+    /// Copies the data of a member that is down to a folder that is not there yet, as a snapshot of its volume would.
+    pub fn save_data(&self, member: usize, to: &Path) -> Result<()> {
+        self.member(member).save_data(to)
+    }
+
+    /// Puts such a copy in the place of the data of a member that is down.
+    pub fn restore_data(&self, member: usize, from: &Path) -> Result<()> {
+        self.member(member).restore_data(from)
     }
 
     /// Starts a member that was killed, with its data; returns when it listens.
