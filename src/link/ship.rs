@@ -58,7 +58,7 @@ pub(super) struct Ship {
 }
 
 fn view(state: Option<&LogState>) -> Option<OutboxView> {
-    state.map(|state| OutboxView { incarnation: state.incarnation, first: state.first })
+    state.map(|state| OutboxView { incarnation: state.incarnation, first: state.first, end: state.end })
 }
 
 impl Ship {
@@ -134,6 +134,15 @@ impl Ship {
                 Outcome::Failed(error.to_string())
             }
         }
+    }
+
+    /// Looks whether capture can still reach the target.
+    pub(super) fn tick(&mut self) -> Outcome {
+        if !self.progress.borrow().lost {
+            return Outcome::Nothing;
+        }
+        let outbox = view(self.outbox.state().as_ref());
+        self.decide(sender::Event::Lost(outbox))
     }
 
     /// A damaged record is never shipped: capture reads it from the source's oplog once more. The session starts anew

@@ -155,8 +155,8 @@ async fn progress_acks_and_fetches_cross_the_link_and_survive_a_cut() {
     let (north, south) = pair(&pki).await;
     north.capture(10, 20, 2).await;
     south.until_received(20).await;
-    let progress =
-        SourceProgress { head: ClusterTime(99), captured: Some(at(20)), captured_changes: 7, captured_bytes: 70 };
+    let (head, captured) = (ClusterTime(99), Some(at(20)));
+    let progress = SourceProgress { head, captured, captured_changes: 7, captured_bytes: 70, lost: false };
     north.progress.send_replace(progress);
     let seen = |head| move |view: &crate::link::StreamView| view.progress.is_some_and(|(word, _)| word.head == head);
     let word = south.until("told", seen(ClusterTime(99))).await.progress.expect("progress").0;
