@@ -50,8 +50,8 @@ use console::{AgentConsole, MongoView};
 
 /// Until groups are stored in MongoDB there is one epoch.
 pub const EPOCH: Epoch = Epoch(1);
-/// Wire version of MongoDB 8.0, which may put several changes outside of transactions at one cluster time.
-const WIRE_8_0: i32 = 25;
+/// Wire version of MongoDB 6.1, from which the TTL monitor may delete several documents at one cluster time.
+const WIRE_6_1: i32 = 18;
 /// Oldest MongoDB with what the agent needs (6.0: expanded events, `collectionUUID`).
 const WIRE_6_0: i32 = 17;
 const WATCH_MONGO: Duration = Duration::from_secs(5);
@@ -76,7 +76,11 @@ pub fn run(path: &Path) -> ExitCode {
     process::abort_on_panic();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let stop = match runtime {
-        Ok(runtime) => runtime.block_on(Agent::run(Arc::new(config))),
+        Ok(runtime) => {
+            let stop = runtime.block_on(Agent::run(Arc::new(config)));
+            process::end(runtime);
+            stop
+        }
         Err(error) => Err(format!("cannot start the runtime: {error}")),
     };
     match stop {
@@ -441,6 +445,9 @@ impl Agent {
         if tokio::time::timeout(Duration::from_secs(5), self.tasks.wait()).await.is_err() {
             tracing::warn!("some sessions did not end in time");
         }
+        // Else its last handle, wherever that is dropped, would start to end sessions while the runtime ends.
+        let ended = self.client.shutdown().immediate(true);
+        drop(tokio::time::timeout(process::ENDING, async { ended.await }).await);
         tracing::info!("stopped");
     }
 }
@@ -528,7 +535,7 @@ impl SourceParts {
         };
         match found.await {
             Ok((origin, beginning)) => {
-                let single_change_units = info.wire_version < WIRE_8_0;
+                let single_change_units = info.wire_version < WIRE_6_1;
                 Some((History { incarnation: origin.incarnation, epoch: EPOCH, single_change_units }, beginning))
             }
             Err(failure) => {

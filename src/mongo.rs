@@ -113,11 +113,7 @@ pub fn classify(error: &DriverError) -> Kind {
         return Kind::Transient;
     }
     if let Some(code) = code_of(error) {
-        return if TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) {
-            Kind::Transient
-        } else {
-            Kind::Command(code)
-        };
+        return kind_of(code);
     }
     match &*error.kind {
         // A login refused while a connection is made: the password may be about to change here or there.
@@ -127,6 +123,13 @@ pub fn classify(error: &DriverError) -> Kind {
         | ErrorKind::ServerSelection { .. }
         | ErrorKind::DnsResolve { .. } => Kind::Transient,
         _ => Kind::Other,
+    }
+}
+
+fn kind_of(code: i32) -> Kind {
+    match TRANSIENT.contains(&code) || TRANSIENT_MORE.contains(&code) {
+        true => Kind::Transient,
+        false => Kind::Command(code),
     }
 }
 
@@ -188,12 +191,36 @@ pub async fn run_majority(
     }
 }
 
+/// As [`run_majority`], and a statement that was not written is a failure.
+///
+/// # Errors
+/// The server refused or could not be reached.
+pub async fn write_majority(
+    client: &Client,
+    db: &str,
+    command: Document,
+    doing: &'static str,
+) -> Result<Document, Failure> {
+    let reply = run_majority(client, db, command, doing).await?;
+    match unwritten(&reply, doing) {
+        None => Ok(reply),
+        Some(failure) => Err(failure),
+    }
+}
+
+fn unwritten(reply: &Document, doing: &'static str) -> Option<Failure> {
+    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
+    let code = error.get_i32("code").unwrap_or(0);
+    let detail = format!("{} ({code})", error.get_str("errmsg").unwrap_or("not written"));
+    Some(Failure { doing, kind: kind_of(code), transaction_aborted: false, server_code: Some(code), detail })
+}
+
 /// What the server says about itself and its replica set.
 #[derive(Clone, Debug)]
 pub struct ServerInfo {
     /// `buildInfo.version`.
     pub version: String,
-    /// `hello.maxWireVersion`; 17 is 6.0, 25 is 8.0.
+    /// `hello.maxWireVersion`; 17 is 6.0.
     pub wire_version: i32,
     /// Name of the replica set.
     pub replica_set: String,
@@ -295,6 +322,18 @@ pub fn uuid_of(entry: &RawDocument) -> Option<crate::model::CollectionUuid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_statement_that_was_not_written_is_a_failure() {
+        let refused =
+            doc! {"ok": 1, "n": 0, "writeErrors": [{"index": 0, "code": 371, "errmsg": "user writes blocked"}]};
+        let failure = unwritten(&refused, "write a mark").expect("a failure");
+        assert_eq!((failure.code(), failure.is_transient()), (Some(code::USER_WRITES_BLOCKED), false));
+        assert!(failure.to_string().contains("user writes blocked"), "{failure}");
+        let stepped_down = doc! {"ok": 1, "writeErrors": [{"index": 0, "code": 10107, "errmsg": "not primary"}]};
+        assert!(unwritten(&stepped_down, "write a mark").expect("a failure").is_transient());
+        assert!(unwritten(&doc! {"ok": 1, "n": 1}, "write a mark").is_none());
+    }
 
     #[test]
     fn cluster_times_convert_both_ways() {

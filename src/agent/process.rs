@@ -3,6 +3,8 @@
 use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -37,13 +39,28 @@ impl Signals {
     }
 }
 
+/// Time for what is left in the runtime when all work has ended.
+pub(super) const ENDING: Duration = Duration::from_secs(2);
+
+/// All state is closed; what is left are tasks of libraries.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
 /// A panic is a broken invariant: the process ends at once and starts again from what is stored.
 pub(super) fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        print(info);
-        std::process::abort();
+        // The driver's tasks take each other for granted, which a runtime that ends does not.
+        if !ENDED.load(Ordering::SeqCst) {
+            print(info);
+            std::process::abort();
+        }
     }));
+}
+
+/// Ends the runtime after the agent.
+pub(super) fn end(runtime: tokio::runtime::Runtime) {
+    ENDED.store(true, Ordering::SeqCst);
+    runtime.shutdown_timeout(ENDING);
 }
 
 /// Puts a new agent, as if just started, into the place of this one: same process id, same arguments, nothing left over.

@@ -57,11 +57,18 @@ async fn event(target: &MongoTarget, change: &Change<'_>, entries: &Entries) -> 
     };
     let mut entry = entry.clone();
     entry.ddl_through = change.position;
-    let Presence::Present(here) = entry.presence else {
-        rename_entry(change, &mut entry);
-        return Ok(vec![(uuid, entry)]);
-    };
     let mut changed = Vec::new();
+    let Presence::Present(here) = entry.presence else {
+        // What it replaces at the source is gone, whatever becomes of itself here.
+        if let Some((dropped, other, there)) = replaced(change, entries) {
+            drop_collection(target, change.position, other, there).await?;
+            changed
+                .push((dropped, Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() }));
+        }
+        rename_entry(change, &mut entry);
+        changed.push((uuid, entry));
+        return Ok(changed);
+    };
     match change.op {
         Op::Drop => {
             drop_collection(target, change.position, &entry, here).await?;
@@ -139,6 +146,7 @@ async fn name_of(target: &MongoTarget, db: &str, here: CollectionUuid) -> Result
 }
 
 async fn command(target: &MongoTarget, db: &str, command: Document, doing: &'static str) -> Result<(), TargetError> {
+    target.about_to_send().await?;
     match mongo::run_majority(&target.client, db, command, doing).await.map_err(|failure| target.counted(failure)) {
         Ok(_) => Ok(()),
         Err(failure) if failure.is_transient() => Err(failure.into()),
@@ -191,10 +199,7 @@ async fn rename(
     let to = change.to.expect("checked when parsed");
     let mut changed = Vec::new();
     let mut drop_target = Bson::Boolean(false);
-    if let Some(dropped) = dropped_by_rename(change)
-        && let Some(other) = entries.get(&dropped)
-        && let Presence::Present(there) = other.presence
-    {
+    if let Some((dropped, other, there)) = replaced(change, entries) {
         if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
             drop_target = store::uuid(there);
         }
@@ -210,6 +215,11 @@ async fn rename(
     if name == to.coll && from_db == to.db {
         return Ok(changed);
     }
+    if drop_target == Bson::Boolean(false) && find(target, to.db, doc! {"name": to.coll}).await?.is_some() {
+        let reason = format!("a collection {to} that is not from the source is in the way at the target");
+        entry.presence = Presence::Refused(reason);
+        return Ok(changed);
+    }
     target.guard(change.position).await?;
     let body = doc! {
         "renameCollection": format!("{from_db}.{name}"),
@@ -219,6 +229,16 @@ async fn rename(
     };
     command(target, "admin", body, "rename a collection").await?;
     Ok(changed)
+}
+
+/// What a rename replaces, as the target has it.
+fn replaced<'a>(change: &Change<'_>, entries: &'a Entries) -> Option<(CollectionUuid, &'a Entry, CollectionUuid)> {
+    let dropped = dropped_by_rename(change)?;
+    let entry = entries.get(&dropped)?;
+    match entry.presence {
+        Presence::Present(there) => Some((dropped, entry, there)),
+        _ => None,
+    }
 }
 
 /// The UUID of the collection a rename replaces at the source.
@@ -428,6 +448,9 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
                 return Ok(vec![(synthetic(change), refused(change, reason))]);
             }
             let there = find(target, db, doc! {"name": coll}).await?;
+            if let Some(found) = there.as_deref().and_then(mongo::uuid_of) {
+                return Ok(collection_in_the_way(change, found, entries));
+            }
             target.guard(change.position).await?;
             let mut body = if there.is_some() {
                 doc! {"collMod": coll}
@@ -455,6 +478,16 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
         _ => tracing::warn!(op = ?change.op, "a change without collection is not supported and left out"),
     }
     Ok(Vec::new())
+}
+
+/// A view is to be where a collection is: one that came later at the source, when what is done already is done again.
+fn collection_in_the_way(change: &Change<'_>, found: CollectionUuid, entries: &Entries) -> Changed {
+    let later = |entry: &Entry| entry.presence == Presence::Present(found) && entry.ddl_through > change.position;
+    if entries.values().any(later) {
+        return Vec::new();
+    }
+    let reason = format!("a collection {} that is not from the source is in the way of a view", change.ns);
+    vec![(synthetic(change), refused(change, reason))]
 }
 
 /// An id for something refused that has no UUID in the stream.
@@ -489,4 +522,30 @@ async fn drop_database(target: &MongoTarget, change: &Change<'_>, entries: &Entr
         command(target, change.ns.db, body, "drop a database").await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::model::ClusterTime;
+
+    #[test]
+    fn a_view_that_is_made_again_gives_way_to_a_collection_that_came_later_only() {
+        let event = doc! {"operationType": "create", "ns": {"db": "d", "coll": "v"},
+        "operationDescription": {"viewOn": "c", "pipeline": []}};
+        let event = bson::RawDocumentBuf::try_from(&event).expect("encode");
+        let at = |time| Position::new(ClusterTime(time), 1);
+        let change = Change::parse(at(5), &event).expect("a create");
+        let (uuid, here) = (CollectionUuid([1; 16]), CollectionUuid([2; 16]));
+        let known = |through| {
+            let presence = Presence::Present(here);
+            let entry = Entry { db: "d".into(), coll: "v".into(), presence, one_lane: false, ddl_through: through };
+            BTreeMap::from([(uuid, entry)])
+        };
+        assert!(collection_in_the_way(&change, here, &known(at(7))).is_empty());
+        let refused = collection_in_the_way(&change, here, &known(at(3)));
+        assert!(matches!(&refused[..], [(_, Entry { presence: Presence::Refused(_), .. })]), "{refused:?}");
+    }
 }

@@ -67,6 +67,11 @@ impl<'a> Delta<'a> {
         Ok(delta)
     }
 
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.set.is_empty() && self.unset.is_empty() && self.truncate.is_empty()
+    }
+
     /// Whether every path is one plain top-level name, so that no document has to be looked at. Such an update does the
     /// same whatever the fields hold; a truncation needs an array.
     pub fn is_plain(&self) -> bool {

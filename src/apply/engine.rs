@@ -79,7 +79,7 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         loop {
             let before = self.status.borrow().transactions;
             let end = self.session(&cancel).await;
-            self.status.send_modify(|status| status.errors = self.target.errors());
+            self.status.send_modify(|status| (status.errors, status.at_cut) = (self.target.errors(), false));
             if self.status.borrow().transactions > before {
                 delay = RETRY_MIN;
             }
@@ -118,18 +118,15 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         self.enter(Phase::Retrying(error.to_string()));
         if let outbox::Error::Corrupt { .. } = error {
             self.status.send_modify(|status| status.corrupt += 1);
+            // Without the floor nothing can be decided; the damage is met again.
+            let (Some(state), Ok(Some(record))) = (self.inbox.state(), self.target.record().await) else {
+                return Ok(());
+            };
             match self.inbox.salvage().await? {
-                Some((end, hash)) => self.inbox.rewind(end, hash, None).await?,
-                None => self.begin_inbox_again().await?,
+                Some((end, hash)) if end >= record.floor => self.inbox.rewind(end, hash, None).await?,
+                // What is applied need not be received again: the source may have nothing of it left.
+                _ => self.inbox.begin(record.incarnation, state.epoch, record.floor, record.hash, None).await?,
             }
-        }
-        Ok(())
-    }
-
-    /// Nothing of the inbox is readable: it begins again where the stored floor is.
-    async fn begin_inbox_again(&self) -> Result<(), Error> {
-        if let (Some(state), Ok(Some(record))) = (self.inbox.state(), self.target.record().await) {
-            self.inbox.begin(record.incarnation, state.epoch, record.floor, record.hash, None).await?;
         }
         Ok(())
     }

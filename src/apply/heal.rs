@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use farshore_api::replication::v1::{Fetch, Fetched};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::catalog::{Entries, Presence};
 use super::lanes::{Floor, Item, Job, LaneStep};
@@ -28,6 +29,8 @@ pub trait FetchClient: Send + Sync + 'static {
 
 pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
+/// A transaction that was tried for so long without success is shown as what holds the stream.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Keys asked for in one fetch; the answer may hold fewer.
 const FETCH_KEYS: usize = 100;
 /// A job that keeps diverging without anything left to fetch is beyond healing by documents.
@@ -46,10 +49,11 @@ pub(super) struct Apply<T, F> {
 impl<T: Target, F: FetchClient> Apply<T, F> {
     /// Returns when the job is committed, with the floors stored in its lanes.
     pub(super) async fn run(&self, worker: usize, job: &Job) -> Result<Vec<(LaneId, Floor)>, TargetError> {
-        let (mut floors, mut diverged) = (Vec::new(), 0);
+        let (mut floors, mut diverged) = (Vec::new(), BTreeSet::new());
         let mut resolved: Vec<Resolved> = Vec::new();
         let mut delay = RETRY_MIN;
         let mut rounds = 0;
+        let began = Instant::now();
         loop {
             let lanes = self.with_floors(&job.lanes, &resolved, &mut floors);
             let transaction = Transaction {
@@ -59,34 +63,42 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 entries: &self.entries,
                 floors: &self.floors,
             };
-            match self.target.commit(worker, transaction).await {
+            let failed = match self.target.commit(worker, transaction).await {
                 Ok(()) => {
-                    if diverged > 0 {
-                        self.status.send_modify(|status| {
-                            status.healed += diverged;
-                            status.healing = status.healing.saturating_sub(diverged);
-                        });
-                    }
+                    self.healed(diverged.len() as u64);
                     return Ok(floors);
                 }
-                Err(CommitError::Target(TargetError::Transient(reason))) => {
+                Err(CommitError::Target(error)) => error,
+                Err(CommitError::Diverged(divergence)) => {
+                    rounds += 1;
+                    match self.heal(job, &divergence, &mut resolved, &mut diverged).await {
+                        Ok(0) if rounds >= HEAL_ROUNDS => TargetError::Fatal {
+                            message: format!("changes at {} keep failing: {divergence}", job.items[0].position),
+                            hint: "the target was changed by somebody else; verify and repair the collection",
+                        },
+                        Ok(_) => continue,
+                        Err(error) => error,
+                    }
+                }
+            };
+            match failed {
+                TargetError::Transient(reason) if began.elapsed() < PATIENCE => {
                     tracing::debug!(reason, "transaction tried again");
                     self.status.send_modify(|status| status.retries += 1);
                     tokio::time::sleep(delay).await;
                     delay = (delay * 2).min(RETRY_MAX);
                 }
-                Err(CommitError::Target(error)) => return Err(error),
-                Err(CommitError::Diverged(divergence)) => {
-                    rounds += 1;
-                    let found = self.heal(job, &divergence, &mut resolved, &mut diverged).await?;
-                    if found == 0 && rounds >= HEAL_ROUNDS {
-                        return Err(TargetError::Fatal {
-                            message: format!("changes at {} keep failing: {divergence}", job.items[0].position),
-                            hint: "the target was changed by somebody else; verify and repair the collection",
-                        });
-                    }
-                }
+                error => return Err(error),
             }
+        }
+    }
+
+    fn healed(&self, documents: u64) {
+        if documents > 0 {
+            self.status.send_modify(|status| {
+                status.healed += documents;
+                status.healing = status.healing.saturating_sub(documents);
+            });
         }
     }
 
@@ -104,7 +116,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         job: &Job,
         divergence: &Divergence,
         resolved: &mut Vec<Resolved>,
-        diverged: &mut u64,
+        diverged: &mut BTreeSet<(CollectionUuid, u128)>,
     ) -> Result<usize, TargetError> {
         let judged: Vec<Item> = job.items.iter().filter(|item| self.applies(item)).cloned().collect();
         let suspects = self.target.examine(&judged, &self.entries, divergence).await?;
@@ -132,8 +144,10 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                     tracing::debug!(%collection, key, kind = cause.as_str(), "document fetched again");
                     continue;
                 }
+                if !diverged.insert((collection, suspect.identity)) {
+                    continue;
+                }
                 tracing::warn!(%collection, key, kind = cause.as_str(), "document differs from the source; fetched again");
-                *diverged += 1;
                 self.status.send_modify(|status| {
                     *status.diverged.entry(cause).or_default() += 1;
                     status.healing += 1;

@@ -32,7 +32,7 @@ pub struct Item {
 }
 
 /// Names one DDL step; the second part tells apart steps made at one position.
-pub type DdlId = (Position, u8);
+pub type DdlId = (Position, u32);
 
 /// What a DDL step must run alone on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -299,6 +299,11 @@ impl Lanes {
         item.position <= through.max(ddl)
     }
 
+    /// Whether nothing that was pushed waits, and no lane stands past what was.
+    pub fn is_even(&self) -> bool {
+        self.is_idle() && self.lanes.iter().all(|lane| lane.state.position <= self.read)
+    }
+
     /// Everything at or below `position` has been pushed.
     pub fn read_through(&mut self, position: Position) {
         self.read = self.read.max(position);
@@ -547,8 +552,10 @@ impl Lanes {
                 park(*uuid, *first);
             }
         }
-        let floors =
-            state.floors.iter().filter(|floor| floor.at >= position.time || !parked.is_empty()).cloned().collect();
+        // A document's changes may come in another lane when its collection's laning changes: it is ahead until the whole
+        // stream has passed it.
+        let passed = |floor: &&Floor| floor.at < position.time && parked.is_empty() && floor.at < self.floor().time;
+        let floors = state.floors.iter().filter(|floor| !passed(floor)).cloned().collect();
         LaneStep { lane, from: state.clone(), to: LaneState { position, parked, floors } }
     }
 

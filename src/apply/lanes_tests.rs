@@ -379,6 +379,28 @@ fn a_transaction_behind_ddl_stays_parked_in_every_lane_it_may_take() {
 }
 
 #[test]
+fn a_document_is_ahead_until_the_whole_stream_has_passed_it() {
+    let at = |time| Position::new(ClusterTime(time), 1);
+    let mut states = vec![LaneState::default(); LaneId::COUNT];
+    let (mine, other) = (item(at(20), (0, 2, Some(1))), item(at(3), (1, 0, Some(1))));
+    let floor = Floor { collection: uuid(2), key: 2, at: ClusterTime(8) };
+    states[mine.doc_lane.index()].floors.push(floor.clone());
+    assert_ne!(mine.doc_lane, other.doc_lane);
+    let mut lanes = Lanes::new(states, Position::ZERO);
+    lanes.push(other);
+    lanes.push(mine);
+    let limits = Limits { changes: 10, bytes: 1000, lanes: 1 };
+    let first = lanes.take(limits).expect("a job");
+    let second = lanes.take(limits).expect("a job");
+    let (mine, other) = if first.items[0].position == at(20) { (first, second) } else { (second, first) };
+    assert_eq!(mine.lanes[0].to.floors, [floor], "a change of it may still wait in another lane");
+    lanes.done(mine.id, Vec::new());
+    lanes.done(other.id, Vec::new());
+    lanes.push(item(at(21), (0, 2, Some(1))));
+    assert_eq!(lanes.take(limits).expect("a job").lanes[0].to.floors, [], "all has passed it");
+}
+
+#[test]
 fn a_transaction_waits_for_all_its_lanes_and_runs_alone_on_them() {
     let mut lanes = Lanes::new(vec![LaneState::default(); LaneId::COUNT], Position::ZERO);
     let at = |time, ordinal| Position::new(ClusterTime(time), ordinal);

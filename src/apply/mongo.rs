@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use bson::raw::{RawDocument, RawDocumentBuf};
 use bson::{Document, doc};
@@ -13,6 +14,7 @@ use futures::StreamExt as _;
 use mongodb::options::{Acknowledgment, ReadConcern, WriteConcern};
 use mongodb::{Client, ClientSession};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::catalog::{Entries, Entry, Presence};
 use super::delta::{Delta, DeltaError};
@@ -57,10 +59,17 @@ impl From<store::StoreError> for TargetError {
     }
 }
 
+/// After a claim DDL waits for so long for a command an earlier session may have sent.
+pub const SETTLING: Duration = Duration::from_secs(1);
+/// A DDL command is sent within this of a look at the term, or not at all; the rest of [`SETTLING`] is for its way.
+pub const FRESH: Duration = Duration::from_millis(500);
+
 /// The sessions and the term of a claim.
 #[derive(Debug, Default)]
 struct Held {
     term: Term,
+    /// When the claim was complete.
+    since: Option<Instant>,
     /// One for each worker, and the last for DDL: all on record, so that a successor can free what they leave open.
     sessions: Vec<Arc<Mutex<ClientSession>>>,
 }
@@ -156,6 +165,27 @@ impl MongoTarget {
         match self.update("streams", vec![statement], "claim a ddl step").await? {
             1 => Ok(()),
             _ => Err(self.not_ours().await),
+        }
+    }
+
+    /// To be called right before a DDL command is sent. Nothing can tie such a command to the term, so one of an earlier
+    /// session may still be on its way after a claim. It was sent within [`FRESH`] of a look at the record, and whoever
+    /// claimed waits for [`SETTLING`] before the first command of his own, which then comes after it.
+    pub(super) async fn about_to_send(&self) -> Result<(), TargetError> {
+        let since = self.held.read().await.since;
+        if let Some(since) = since {
+            tokio::time::sleep_until(since + SETTLING).await;
+        }
+        let looked = Instant::now();
+        let held = doc! {"_id": self.stream_id(), "term": self.term().await.0 as i64};
+        let streams = self.client.database(DB).collection::<Document>("streams");
+        let found = streams.find_one(held).projection(doc! {"_id": 1}).await.map_err(self.failed("look at the term"));
+        if found.map_err(TargetError::from)?.is_none() {
+            return Err(self.not_ours().await);
+        }
+        match looked.elapsed() < FRESH {
+            true => Ok(()),
+            false => Err(TargetError::Transient("the target answers too slowly for ddl to be safe".into())),
         }
     }
 
@@ -473,8 +503,11 @@ impl Target for MongoTarget {
         let lanes = LaneId::all().map(|lane| stored.remove(&self.lane_id(lane)).ok_or_else(missing));
         let lanes = self.lift(lanes.collect::<Result<Vec<_>, _>>()?, record.floor, term).await?;
         let entries = self.read_entries().await?;
-        *self.held.write().await =
-            Held { term, sessions: sessions.into_iter().map(|session| Arc::new(Mutex::new(session))).collect() };
+        *self.held.write().await = Held {
+            term,
+            since: Some(Instant::now()),
+            sessions: sessions.into_iter().map(|session| Arc::new(Mutex::new(session))).collect(),
+        };
         Ok(Claim { record, lanes, entries })
     }
 

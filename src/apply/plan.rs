@@ -120,12 +120,15 @@ fn resolve(resolved: &[Resolved], catalog: &Entries, ahead: &mut Floors, steps: 
             ahead.insert((one.floor.collection, one.floor.key), one.floor.at);
             let Some(entry) = catalog.get(&one.floor.collection) else { continue };
             let Presence::Present(_) = entry.presence else { continue };
-            let mut group = Group::new(kind, entry);
-            match (kind, &one.document) {
-                (Kind::Delete, _) => group.delete(&one.key),
-                (Kind::Insert, Some(document)) => group.insert(document),
+            let group = match (kind, &one.document) {
+                (Kind::Delete, _) => {
+                    let mut group = Group::new(Kind::Delete, entry);
+                    group.delete(&one.key);
+                    group
+                }
+                (Kind::Insert, Some(document)) => Group::of_document(&one.key, document, entry),
                 _ => continue,
-            }
+            };
             let expected = (kind == Kind::Insert).then_some(1);
             let Step::Run { db, collection, body, .. } = group.finish(one.floor.collection, entry) else { continue };
             steps.push(Step::Run { db, collection, body, expected });
@@ -167,14 +170,22 @@ impl<'a> Grouper<'a> {
         }
         let key = change.document_key.expect("checked when parsed");
         match change.op {
-            Op::Insert => self.group(item.key, Kind::Insert).insert(change.full_document.expect("checked").as_bytes()),
+            Op::Insert => {
+                let document = change.full_document.expect("checked");
+                match stamped(document) {
+                    true => self.group(item.key, Kind::Update).insert_literally(key, document),
+                    false => self.group(item.key, Kind::Insert).insert(document.as_bytes()),
+                }
+            }
             Op::Delete => self.group(item.key, Kind::Delete).delete(key),
             Op::Replace => self.group(item.key, Kind::Update).replace(key, change.full_document.expect("checked")),
             Op::Update => {
                 let update = change.update.expect("checked when parsed");
                 let delta = |source| PlanError::Delta { position: item.position, source };
                 let parsed = Delta::parse(update).map_err(delta)?;
-                if parsed.is_plain() {
+                if parsed.is_empty() {
+                    // A plain update without operators would be a replacement by an empty document.
+                } else if parsed.is_plain() {
                     self.group(item.key, Kind::Update).update(key, &parsed.plain_update());
                 } else {
                     let patch = Patch { key: key.to_owned(), identity: item.key, update: update.to_owned() };
@@ -254,6 +265,22 @@ impl Group {
         Self { kind, writer, statements: 0, patches: Vec::new() }
     }
 
+    /// Inserts one document.
+    fn of_document(key: &RawDocument, document: &[u8], entry: &Entry) -> Self {
+        match RawDocument::from_bytes(document) {
+            Ok(document) if stamped(document) => {
+                let mut group = Self::new(Kind::Update, entry);
+                group.insert_literally(key, document);
+                group
+            }
+            _ => {
+                let mut group = Self::new(Kind::Insert, entry);
+                group.insert(document);
+                group
+            }
+        }
+    }
+
     fn len(&self) -> usize {
         self.writer.len() + self.patches.iter().map(|patch| patch.update.as_bytes().len()).sum::<usize>()
     }
@@ -261,6 +288,23 @@ impl Group {
     fn insert(&mut self, document: &[u8]) {
         self.writer.item(self.statements, document);
         self.statements += 1;
+    }
+
+    /// An upsert that matches nothing, so an `_id` that is there is an error as it is for an insert.
+    fn insert_literally(&mut self, key: &RawDocument, document: &RawDocument) {
+        self.writer.begin_item(self.statements);
+        self.writer.begin_document("q");
+        if let Some(id) = raw::get(key, "_id") {
+            self.writer.copy(&id);
+        }
+        self.writer.begin_array("$nor");
+        self.writer.begin_item(0);
+        self.writer.end();
+        self.writer.end();
+        self.writer.end();
+        write_literal(&mut self.writer, document);
+        self.writer.value("upsert", true);
+        self.end_statement();
     }
 
     fn delete(&mut self, key: &RawDocument) {
@@ -316,21 +360,33 @@ impl Group {
     }
 }
 
-/// The `u` of a replacement: a plain document, or a pipeline where a top-level name begins with `$`, which the server
-/// does not take in a plain one.
+/// Whether the server would put its own time into the document: it does so with empty timestamps at the top level of
+/// what is inserted or replaces a document (but for `_id`), and not with those of `$set` and of pipelines, so a source may
+/// hold some.
+fn stamped(document: &RawDocument) -> bool {
+    let empty = |element: Element<'_>| element.timestamp() == Some(ClusterTime(0)) && element.key != "_id";
+    raw::elements(document).any(|element| element.is_ok_and(empty))
+}
+
+/// The `u` of a replacement: a plain document, or a pipeline for what the server does not take or keep in a plain one:
+/// top-level names that begin with `$`, and empty timestamps.
 fn write_replacement(writer: &mut Writer, document: &RawDocument) {
     let dollar = |element: Result<Element<'_>, _>| element.is_ok_and(|element| element.key.starts_with('$'));
-    if raw::elements(document).any(dollar) {
-        writer.begin_array("u");
-        writer.begin_item(0);
-        writer.begin_document("$replaceWith");
-        writer.embed("$literal", document);
-        writer.end();
-        writer.end();
-        writer.end();
+    if raw::elements(document).any(dollar) || stamped(document) {
+        write_literal(writer, document);
     } else {
         writer.embed("u", document);
     }
+}
+
+fn write_literal(writer: &mut Writer, document: &RawDocument) {
+    writer.begin_array("u");
+    writer.begin_item(0);
+    writer.begin_document("$replaceWith");
+    writer.embed("$literal", document);
+    writer.end();
+    writer.end();
+    writer.end();
 }
 
 /// The update command that writes patched documents back.
@@ -345,7 +401,7 @@ pub fn write_back(entry: &Entry, documents: &[(RawDocumentBuf, RawDocumentBuf)])
 
 #[cfg(test)]
 mod tests {
-    use bson::{Binary, Document, doc, spec::BinarySubtype};
+    use bson::{Binary, Bson, Document, doc, spec::BinarySubtype};
 
     use super::*;
     use crate::model::{LaneId, Position, hash};
@@ -456,6 +512,20 @@ mod tests {
         let command = Document::try_from(&**body).expect("valid");
         let update = command.get_array("updates").expect("updates")[0].as_document().expect("statement");
         assert_eq!(update.get_array("u").expect("a pipeline").len(), 1);
+    }
+
+    #[test]
+    fn an_update_that_changes_nothing_replaces_nothing() {
+        let empty = item(1, "update", 1, doc! {"updateDescription": {"updatedFields": {}, "removedFields": []}});
+        assert_eq!(commands(&[empty], false), named(&[]));
+    }
+
+    #[test]
+    fn what_the_server_would_stamp_is_written_literally() {
+        let empty = Bson::Timestamp(bson::Timestamp { time: 0, increment: 0 });
+        let inserted = item(1, "insert", 1, doc! {"fullDocument": {"_id": 1, "at": empty.clone()}});
+        let nested = item(2, "insert", 2, doc! {"fullDocument": {"_id": empty.clone(), "deep": {"at": empty}}});
+        assert_eq!(commands(&[inserted, nested], false), named(&[("insert", 1), ("update", 1)]));
     }
 
     #[test]

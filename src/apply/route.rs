@@ -13,7 +13,7 @@ use super::ddl::dropped_by_rename;
 use super::lanes::{DdlId, GateKey, Item};
 use super::target::DdlStep;
 use crate::model::change::ParseError;
-use crate::model::{Change, Changes, ClusterTime, CollectionUuid, Op, Position, hash};
+use crate::model::{Change, Changes, ClusterTime, CollectionUuid, Namespace, Op, Position, hash};
 
 /// A unit larger than this is applied in parts.
 pub const PART_BYTES: usize = 16 << 20;
@@ -50,7 +50,7 @@ pub struct Router {
     open_time: ClusterTime,
     /// Part of the open unit was handed on already.
     split: bool,
-    ddl_parts: u8,
+    ddl_parts: u32,
     /// Collections whose create or adoption was handed on but may not be in the catalog yet.
     announced: BTreeSet<CollectionUuid>,
     /// Marks seen.
@@ -58,6 +58,11 @@ pub struct Router {
 }
 
 impl Router {
+    /// Goes on behind a position; one of ordinal 0 is no part of a unit.
+    pub fn behind(position: Position) -> Self {
+        Self { open_time: position.time, split: position.ordinal > 0, ..Self::default() }
+    }
+
     /// Whether no unit is partly handed on.
     pub fn at_cut(&self) -> bool {
         !self.split
@@ -115,7 +120,7 @@ impl Router {
                 return Err(RouteError::Unsupported { position, kind });
             }
             (op, Some(uuid)) if op.is_crud() => {
-                self.know(position, uuid, &change, entries, units);
+                self.know(position, uuid, change.ns, entries, units);
                 let id = change.id().expect("checked when parsed");
                 self.open_bytes += bytes.len();
                 self.open.push(Item {
@@ -139,15 +144,15 @@ impl Router {
         &mut self,
         position: Position,
         uuid: CollectionUuid,
-        change: &Change<'_>,
+        ns: Namespace<'_>,
         entries: &Entries,
         units: &mut Vec<Unit>,
     ) {
         if entries.contains_key(&uuid) {
             self.announced.remove(&uuid);
         } else if self.announced.insert(uuid) {
-            let step = DdlStep::Adopt { collection: uuid, db: change.ns.db.into(), coll: change.ns.coll.into() };
-            let keys = vec![GateKey::Collection(uuid), GateKey::Database(change.ns.db.into())];
+            let step = DdlStep::Adopt { collection: uuid, db: ns.db.into(), coll: ns.coll.into() };
+            let keys = vec![GateKey::Collection(uuid), GateKey::Database(ns.db.into())];
             let id = self.ddl_id(position);
             units.push(Unit::Ddl { id, keys, step });
         }
@@ -160,14 +165,17 @@ impl Router {
             return;
         }
         if let (Some(uuid), false) = (change.uuid, change.op == Op::Create) {
-            self.know(change.position, uuid, change, entries, units);
+            self.know(change.position, uuid, change.ns, entries, units);
         }
         let database = |name: &str| GateKey::Database(name.to_owned());
         let mut keys: Vec<GateKey> = change.uuid.map(GateKey::Collection).into_iter().collect();
         match change.op {
             Op::CreateIndexes | Op::DropIndexes | Op::Modify if change.uuid.is_some() => {}
             Op::Rename => {
-                keys.extend(dropped_by_rename(change).map(GateKey::Collection));
+                if let (Some(dropped), Some(to)) = (dropped_by_rename(change), change.to) {
+                    self.know(change.position, dropped, to, entries, units);
+                    keys.push(GateKey::Collection(dropped));
+                }
                 keys.push(database(change.ns.db));
                 keys.extend(change.to.filter(|to| to.db != change.ns.db).map(|to| database(to.db)));
             }
@@ -186,7 +194,7 @@ impl Router {
 
     /// DDL stands before every change of its unit.
     fn ddl_id(&mut self, position: Position) -> DdlId {
-        self.ddl_parts = self.ddl_parts.checked_add(1).expect("fewer than 255 collections are made at one time");
+        self.ddl_parts += 1;
         (Position::before(position.time), self.ddl_parts)
     }
 
@@ -212,7 +220,7 @@ impl Router {
 
 #[cfg(test)]
 mod tests {
-    use bson::{Binary, RawDocumentBuf, doc, spec::BinarySubtype};
+    use bson::{Binary, Document, RawDocumentBuf, doc, spec::BinarySubtype};
 
     use super::*;
     use crate::model::{BatchBuilder, Epoch, Incarnation, StreamHash};
@@ -287,6 +295,49 @@ mod tests {
         Router::default().feed(&batch, Position::ZERO, &entries, &mut units).expect("feed");
         let [Unit::Change(_), Unit::Ddl { id, .. }] = &units[..] else { panic!("{units:?}") };
         assert_eq!(id.0, Position::before(ClusterTime(4)));
+    }
+
+    #[test]
+    fn what_a_rename_replaces_is_adopted_first() {
+        let dropped = Binary { subtype: BinarySubtype::Uuid, bytes: vec![2; 16] };
+        let mut rename = Document::try_from(event("rename", 0)).expect("valid");
+        rename.extend(doc! {"to": {"db": "e", "coll": "x"}, "operationDescription": {"dropTarget": dropped}});
+        let rename = RawDocumentBuf::try_from(&rename).expect("encode");
+        let batch = changes(1, &[(2, 1, rename)], true);
+        let mut units = Vec::new();
+        Router::default().feed(&batch, Position::ZERO, &known(), &mut units).expect("feed");
+        let [Unit::Ddl { step: DdlStep::Adopt { collection, db, coll }, .. }, Unit::Ddl { keys, .. }] = &units[..]
+        else {
+            panic!("{units:?}")
+        };
+        assert_eq!((collection.0, db.as_str(), coll.as_str()), ([2; 16], "e", "x"));
+        assert!(keys.contains(&GateKey::Collection(CollectionUuid([2; 16]))), "{keys:?}");
+    }
+
+    #[test]
+    fn many_collections_may_be_made_at_one_time() {
+        let new = |n: u32| {
+            let mut one = Document::try_from(event("insert", 1)).expect("valid");
+            let bytes = n.to_be_bytes().repeat(4);
+            one.insert("collectionUUID", Binary { subtype: BinarySubtype::Uuid, bytes });
+            (2, n, RawDocumentBuf::try_from(&one).expect("encode"))
+        };
+        let events: Vec<_> = (1..=300).map(new).collect();
+        let mut units = Vec::new();
+        Router::default().feed(&changes(1, &events, true), Position::ZERO, &Entries::new(), &mut units).expect("feed");
+        assert_eq!(units.len(), 301, "300 adoptions, then the unit");
+    }
+
+    #[test]
+    fn behind_a_part_of_a_unit_there_is_no_cut_until_its_end() {
+        let mut router = Router::behind(Position::new(ClusterTime(2), 2));
+        assert!(!router.at_cut());
+        let rest = changes(1, &[(2, 3, event("insert", 3)), (3, 1, event("insert", 4))], true);
+        let mut units = Vec::new();
+        router.feed(&rest, Position::new(ClusterTime(2), 2), &known(), &mut units).expect("feed");
+        assert!(router.at_cut());
+        assert!(matches!(&units[..], [Unit::Together { whole: true, .. }, Unit::Change(_)]), "{units:?}");
+        assert!(Router::behind(Position::before(ClusterTime(2))).at_cut());
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub(super) struct Session<'e, T, F> {
     to_persist: Option<(Position, StreamHash)>,
     confirming: bool,
     confirm_at: Instant,
+    /// A change that cannot be applied was read: nothing more is, what came before it still is applied.
+    unreadable: Option<TargetError>,
 }
 
 enum Event {
@@ -125,7 +127,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             floors: Arc::new(floors_of(&lanes)),
             lanes,
             catalog: Catalog::new(claim.entries),
-            router: Router::default(),
+            router: Router::behind(from),
             steps: BTreeMap::new(),
             tasks: JoinSet::new(),
             idle: (0..engine.options.workers).collect(),
@@ -137,6 +139,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             to_persist: None,
             confirming: false,
             confirm_at: Instant::now(),
+            unreadable: None,
         };
         // What was being healed is found again.
         engine.status.send_modify(|status| status.healing = 0);
@@ -149,8 +152,16 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         self.start_ddl();
         self.start_jobs();
         self.start_confirm();
-        let hungry = self.lanes.bytes() < self.engine.options.memory;
+        self.publish_cut();
+        let hungry = self.lanes.bytes() < self.engine.options.memory && self.unreadable.is_none();
         let behind = self.lanes.floor() > self.confirmed || self.to_persist.is_some();
+        if !behind
+            && !self.confirming
+            && self.lanes.is_idle()
+            && let Some(error) = self.unreadable.take()
+        {
+            return Err(error.into());
+        }
         let event = tokio::select! {
             biased;
             report = self.tasks.join_next(), if !self.tasks.is_empty() => Event::Report(report),
@@ -187,7 +198,10 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                 }
             }
         }
-        routed.map_err(|e| fatal(e.to_string(), "the change is kept in the inbox; upgrade this agent"))?;
+        if let Err(error) = routed {
+            self.unreadable = Some(fatal(error.to_string(), "the change is kept in the inbox; upgrade this agent"));
+            return Ok(());
+        }
         self.lanes.read_through(self.router.complete(header.end));
         self.borders.push_back(Border { end: header.end, hash: header.hash, written });
         Ok(())
@@ -337,6 +351,11 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         self.publish();
     }
 
+    fn publish_cut(&self) {
+        let at_cut = self.lanes.is_even() && self.router.at_cut();
+        self.engine.status.send_if_modified(|status| std::mem::replace(&mut status.at_cut, at_cut) != at_cut);
+    }
+
     fn publish(&self) {
         let entries = self.catalog.entries();
         let refused = entries.values().filter_map(|entry| match &entry.presence {
@@ -352,7 +371,6 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             // A new session begins at the stored floor, which may be behind what the last one saw confirmed.
             status.applied = status.applied.max(Some(position));
             status.errors = self.engine.target.errors();
-            status.at_cut = self.lanes.is_idle() && self.router.at_cut();
             status.consistent_from = self.floors.values().max().copied();
             // Each process says it once.
             for (collection, reason) in refused.iter().filter(|one| !status.refused.contains(one)) {

@@ -81,7 +81,7 @@ impl Heartbeat {
                 doc! {"kind": "heartbeat", "epoch": self.epoch.0 as i64, "at": DateTime::now(), "n": i64::from(count)};
             let statement = doc! {"q": {"_id": self.site.as_str()}, "u": {"$set": set}, "upsert": true};
             let command = doc! {"update": "marks", "updates": [statement]};
-            mongo::run_majority(&self.client, "farshore", command, "write a heartbeat mark").await?;
+            mongo::write_majority(&self.client, "farshore", command, "write a heartbeat mark").await?;
         }
         let hello = self.client.database("admin").run_command(doc! {"hello": 1}).await;
         let hello = hello.map_err(Failure::of("ask for the newest majority time"))?;

@@ -123,7 +123,7 @@ pub async fn beginning(client: &Client, incarnation: Incarnation) -> Result<Begi
     }
     let mark = doc! {"q": {"_id": "look"}, "u": {"$set": {"at": bson::DateTime::now()}}, "upsert": true};
     let command = doc! {"update": "site", "updates": [mark]};
-    let reply = mongo::run_majority(client, "farshore", command, "write the stream's beginning").await?;
+    let reply = mongo::write_majority(client, "farshore", command, "write the stream's beginning").await?;
     let at = reply.get_timestamp("operationTime").map(mongo::cluster_time).unwrap_or_default();
     let collections = collection_names(client).await?;
     let holds = doc! {"$eq": ["$incarnation", {"$literal": id.clone()}]};

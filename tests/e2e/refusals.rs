@@ -13,7 +13,7 @@ use farshore_testkit::wait;
 use mongodb::Client;
 use mongodb::options::IndexOptions;
 
-use crate::support::{client, equal, now_at, pair, status, stream, streaming};
+use crate::support::{caught_up, client, equal, now_at, pair, status, stream, streaming};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const NOT_REPLICATED: &str = "a collection is not replicated";
@@ -77,6 +77,17 @@ async fn capped_and_time_series_collections_are_refused_by_name_and_the_rest_goe
         }
         streaming(&pair).await?;
     }
+    // One that is not replicated takes the place of one that is: what it replaces goes all the same.
+    let target = client(&mut pair, Side::South)?;
+    shop.run_command(doc! {"create": "spare", "capped": true, "size": 10_000}).await?;
+    source
+        .database("admin")
+        .run_command(doc! {"renameCollection": "shop.spare", "to": "shop.plain", "dropTarget": true})
+        .await?;
+    caught_up(&mut pair).await?;
+    let left = target.database("shop").list_collection_names().await?;
+    ensure!(!left.contains(&"plain".to_owned()), "it is still at the target: {left:?}");
+    shop.collection::<Document>("plain").drop().await?;
     // The name is free again for what can be replicated.
     shop.collection::<Document>("ring").drop().await?;
     shop.collection::<Document>("ring").insert_one(doc! {"_id": 1}).await?;
@@ -102,6 +113,7 @@ async fn fill(client: &Client) -> Result<()> {
     items.create_index(unique).await?;
     shop.run_command(doc! {"create": "ring", "capped": true, "size": 10_000}).await?;
     shop.collection("ring").insert_one(doc! {"_id": 1}).await?;
+    shop.collection("report").insert_one(doc! {"_id": "old"}).await?;
     Ok(())
 }
 
@@ -140,6 +152,10 @@ async fn a_target_that_is_not_empty_is_refused_until_start_at_says_since_when_it
 
     let at = now_at(&source).await?;
     let items = source.database("shop").collection::<Document>("items");
+    // The first the stream hears of a collection is that another takes its place.
+    source.database("shop").collection("fresh").insert_one(doc! {"_id": "new"}).await?;
+    let rename = doc! {"renameCollection": "shop.fresh", "to": "shop.report", "dropTarget": true};
+    source.database("admin").run_command(rename).await?;
     items.update_many(doc! {}, doc! {"$inc": {"n": 1}}).await?;
     items.delete_many(doc! {"_id": {"$lt": 10}}).await?;
     items.insert_one(doc! {"_id": 100, "code": "c1"}).await?;

@@ -7,11 +7,13 @@ use bson::RawDocument;
 use bson::oid::ObjectId;
 use farshore::apply::catalog::{Entries, Entry, Presence};
 use farshore::apply::lanes::{Item, LaneState};
+use farshore::apply::mongo::{FRESH, SETTLING};
 use farshore::apply::suspects;
 use farshore::apply::target::{
     Cause, Claim, CommitError, DdlStep, Divergence, Election, StreamRecord, Suspect, Target, TargetError, Transaction,
 };
 use farshore::model::{Change, CollectionUuid, LaneId, Op, Position, StreamHash, Term, raw};
+use tokio::time::Instant;
 
 use crate::target::{self, Collection, StreamDocument, TargetDb, field_of, first_lane, gone, plan_of, positions};
 use crate::world::{Shared, World, lock};
@@ -23,11 +25,13 @@ pub(crate) struct SimTarget {
     world: Shared,
     host: &'static str,
     term: Mutex<Term>,
+    /// When the claim was complete.
+    since: Mutex<Option<Instant>>,
 }
 
 impl SimTarget {
     pub(crate) fn new(world: Shared, host: &'static str) -> Self {
-        Self { world, host, term: Mutex::default() }
+        Self { world, host, term: Mutex::default(), since: Mutex::default() }
     }
 
     fn term(&self) -> Term {
@@ -56,6 +60,24 @@ impl SimTarget {
     async fn guard(&self) -> Result<(), TargetError> {
         let term = self.term();
         self.call(move |world| held(&mut world.target, term)).await
+    }
+
+    /// As the real target does before every DDL command.
+    async fn about_to_send(&self) -> Result<(), TargetError> {
+        let since = *self.since.lock().expect("no holder panics");
+        if let Some(since) = since {
+            tokio::time::sleep_until(since + SETTLING).await;
+        }
+        let (term, looked) = (self.term(), Instant::now());
+        self.call(move |world| match &world.target.stream {
+            Some(stream) if stream.term == term => Ok(()),
+            _ => Err(world.target.not_ours(term)),
+        })
+        .await?;
+        match looked.elapsed() < FRESH {
+            true => Ok(()),
+            false => Err(TargetError::Transient("too slow for ddl".into())),
+        }
     }
 
     async fn save(&self, changed: &Changed) -> Result<(), TargetError> {
@@ -152,6 +174,7 @@ impl Target for SimTarget {
             .await?;
         let entries = self.call(|world| Ok(world.target.catalog.clone())).await?;
         *self.term.lock().expect("no holder panics") = term;
+        *self.since.lock().expect("no holder panics") = Some(Instant::now());
         let host = self.host;
         lock(&self.world).log(format!("{host} claims in term {term} from {floor}"));
         Ok(Claim { record, lanes, entries })
@@ -348,6 +371,7 @@ impl SimTarget {
             return Ok(());
         }
         self.guard().await?;
+        self.about_to_send().await?;
         self.call(move |world| {
             world.target.majority();
             world.target.collections.remove(&here).map(drop).ok_or_else(|| gone("drop: NamespaceNotFound"))
@@ -355,19 +379,38 @@ impl SimTarget {
         .await
     }
 
+    /// The server goes on building whoever waits for it; who sends the same command waits for the same build.
     async fn index(&self, entry: &Entry, here: CollectionUuid, create: bool) -> Result<bool, TargetError> {
         self.guard().await?;
-        // Building takes its time, and the lanes go on meanwhile.
-        let wait = lock(&self.world).building();
-        tokio::time::sleep(wait).await;
+        self.about_to_send().await?;
         let name = (entry.db.clone(), entry.coll.clone());
+        let end = self
+            .call(move |world| {
+                let took = world.building();
+                let end = world.now + took;
+                let target = &mut world.target;
+                let named = |c: &&mut Collection| (&c.db, &c.coll) == (&name.0, &name.1);
+                let collection = target.collections.get_mut(&here).filter(named);
+                let collection = collection.ok_or_else(|| gone("index command: collection UUID mismatch"))?;
+                if create {
+                    return Ok(Some(*target.building.entry(here).or_insert(end)));
+                }
+                collection.unique.remove("u_1");
+                target.building.remove(&here);
+                target.majority();
+                Ok(None)
+            })
+            .await?;
+        let Some(end) = end else { return Ok(false) };
+        let left = end.saturating_sub(lock(&self.world).now);
+        tokio::time::sleep(left).await;
         self.call(move |world| {
             world.target.majority();
-            let collection = world.target.collections.get_mut(&here).filter(|c| (&c.db, &c.coll) == (&name.0, &name.1));
-            let collection = collection.ok_or_else(|| gone("createIndexes: collection UUID mismatch"))?;
-            if !create {
-                collection.unique.remove("u_1");
-                return Ok(false);
+            let building = world.target.building.remove(&here).is_some();
+            let collection = world.target.collections.get_mut(&here).ok_or_else(|| gone("the collection is gone"))?;
+            if !building {
+                let built = collection.unique.contains_key("u_1");
+                return if built { Ok(true) } else { Err(gone("createIndexes: the build was aborted")) };
             }
             let mut values = Vec::new();
             for bytes in collection.documents.values() {
@@ -413,6 +456,7 @@ impl SimTarget {
             return Ok(changed);
         }
         self.guard().await?;
+        self.about_to_send().await?;
         self.call(move |world| {
             let target = &mut world.target;
             target.majority();

@@ -64,6 +64,8 @@ pub(crate) struct TargetDb {
     pub(crate) lanes: BTreeMap<usize, LaneDocument>,
     pub(crate) catalog: Entries,
     pub(crate) intents: BTreeSet<CollectionUuid>,
+    /// Index builds and when they end, whoever waits for them.
+    pub(crate) building: BTreeMap<CollectionUuid, Duration>,
     pub(crate) collections: BTreeMap<CollectionUuid, Collection>,
     applied: BTreeSet<Position>,
     /// Commits the majority does not have yet.
