@@ -28,10 +28,10 @@ pub fn course(outbox: Option<&LogState>, phase: &Phase, at: Position) -> Course 
     match phase {
         Phase::HistoryLost(reason) if at == outbox.end => Course::Lost(reason.clone()),
         _ if at <= outbox.end => Course::Serve,
-        // The target has more than this outbox: another agent of the site has shipped it.
-        Phase::Streaming => Course::Serve,
-        // Nothing it holds is needed. A full one would wait for acknowledgements, which only a session brings.
-        Phase::HistoryLost(_) | Phase::Full(_) => Course::Begin,
+        // The target has more than this outbox: another agent of the site has shipped it. A full one is trimmed once targets
+        // say what they have applied, which they do in sessions; what another target may need is not dropped for this one.
+        Phase::Streaming | Phase::Full(_) => Course::Serve,
+        Phase::HistoryLost(_) => Course::Begin,
         Phase::Waiting => Course::Unsettled("the change stream is being opened".into()),
         Phase::Retrying(reason) | Phase::Failed(reason) => Course::Unsettled(reason.clone()),
     }
@@ -108,6 +108,6 @@ mod tests {
         let courses = phases().map(|phase| course(Some(&outbox(10, 20)), &phase, at(99)));
         let unsettled = || Course::Unsettled("why".into());
         let opening = Course::Unsettled("the change stream is being opened".into());
-        assert_eq!(courses, [opening, Course::Serve, unsettled(), Course::Begin, Course::Begin, unsettled()]);
+        assert_eq!(courses, [opening, Course::Serve, unsettled(), Course::Serve, Course::Begin, unsettled()]);
     }
 }
