@@ -403,6 +403,9 @@ impl Driver<'_> {
     fn bounce(&mut self, host: &'static str) {
         if let Some(at) = self.down.iter().position(|down| *down == host) {
             self.down.remove(at);
+            if host.starts_with("north") {
+                self.truncate();
+            }
             self.sim.bounce(host);
         }
     }
