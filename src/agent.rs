@@ -11,6 +11,7 @@ mod credentials;
 mod gate;
 mod process;
 mod ready;
+mod release;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -34,12 +35,12 @@ use crate::apply::mongo::MongoTarget;
 use crate::apply::reconcile::reconcile;
 use crate::apply::status::ApplyStatus;
 use crate::config::{self, Config};
-use crate::lease::Lease;
+use crate::lease::{Applied, Lease};
 use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgress, TlsTransport, Transport as _};
 use crate::model::{Epoch, Position, SiteName, StreamId};
 use crate::mongo;
 use crate::outbox::{EncryptionKey, LogId, Logs, Quota, RocksOptions, RocksStore, Store};
-use crate::source::capture::{Capture, CaptureStatus, History};
+use crate::source::capture::{Capture, CaptureStatus, History, Phase};
 use crate::source::fetch::Fetcher;
 use crate::source::heartbeat::{Head, Heartbeat};
 use crate::source::origin;
@@ -105,6 +106,9 @@ struct Agent {
     credentials: credentials::Credentials,
     logs: Arc<Logs>,
     lease: watch::Sender<Leadership>,
+    /// What this agent tells the site's others through the lease, and what it hears from the one that leads.
+    told: watch::Sender<Option<Applied>>,
+    heard: watch::Sender<Option<Applied>>,
     /// What the link sees: leading only when the inbox is in order.
     carrying: watch::Sender<Leadership>,
     mongo: watch::Sender<MongoView>,
@@ -138,6 +142,8 @@ impl Agent {
             credentials,
             logs,
             lease: watch::Sender::default(),
+            told: watch::Sender::default(),
+            heard: watch::Sender::default(),
             carrying: watch::Sender::default(),
             mongo: watch::Sender::default(),
             head: watch::Sender::default(),
@@ -279,6 +285,8 @@ impl Agent {
             self.logs.agent_id(),
             self.config.lease.ttl,
             self.lease.clone(),
+            self.told.subscribe(),
+            self.heard.clone(),
         );
         let intake = self.supervisor.token(Stage::Intake);
         self.supervisor.spawn(
@@ -348,24 +356,12 @@ impl Agent {
         self.supervisor.spawn(Stage::Intake, "capture", parts.run(intake));
     }
 
-    /// Nothing is kept in the outbox that every member has applied, beyond what retention asks for.
+    /// Nothing is kept in the outbox that every target has applied, beyond what retention asks for.
     fn release_outbox(&mut self, hub: &Arc<Hub>) {
-        let own = self.config.site.name.clone();
-        let streams: Vec<StreamId> =
-            self.config.peers.iter().map(|peer| StreamId { source: own.clone(), target: peer.site.clone() }).collect();
-        let (hub, outbox) = (hub.clone(), self.logs.log(&LogId::Outbox));
+        let outbox = self.logs.log(&LogId::Outbox);
+        let release = release::Release::new(&self.config, hub, outbox, &self.told, &self.heard);
         let intake = self.supervisor.token(Stage::Intake);
-        self.supervisor.spawn(Stage::Intake, "release", async move {
-            let mut tick = tokio::time::interval(Duration::from_secs(1));
-            while intake.run_until_cancelled(tick.tick()).await.is_some() {
-                let applied: Option<Vec<Position>> =
-                    streams.iter().map(|stream| hub.stream_view(stream).and_then(|view| view.applied)).collect();
-                if let (Some(lowest), Some(state)) = (applied.and_then(|a| a.into_iter().min()), outbox.state()) {
-                    outbox.release(state.incarnation, lowest);
-                }
-            }
-            Ok(())
-        });
+        self.supervisor.spawn(Stage::Intake, "release", release.run(intake));
     }
 
     fn watch_mongo(&mut self) {
@@ -586,6 +582,7 @@ impl SourceParts {
                 captured,
                 captured_changes: now.flow.changes(),
                 captured_bytes: now.flow.bytes,
+                lost: matches!(now.phase, Phase::HistoryLost(_)),
             };
             self.progress.send_if_modified(|old| {
                 let moved = *old != progress;

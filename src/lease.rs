@@ -4,6 +4,9 @@
 //! term fences whatever an earlier holder still tries; so the lease decides who works, never what is correct.
 //! A process takes over at once from an earlier one of the same installation (one process per data directory), and from
 //! another agent after `ttl` without renewal.
+//!
+//! The lease is also where the holder tells the site's other agents how far everything is applied: they have no session that
+//! would tell them, and would keep for ever what they captured.
 
 use std::time::Duration;
 
@@ -15,11 +18,37 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::link::Leadership;
-use crate::model::{AgentId, Term};
-use crate::mongo::Failure;
+use crate::model::{AgentId, Incarnation, Position, Term};
+use crate::mongo::{self, Failure};
 
 /// How often an agent that waits looks whether the lease was given back.
 const WAITING: Duration = Duration::from_secs(1);
+
+/// How far every target has applied a history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The history.
+    pub incarnation: Incarnation,
+    /// No target needs anything at or below.
+    pub position: Position,
+}
+
+impl Applied {
+    fn to_document(self) -> Document {
+        let incarnation = Binary { subtype: BinarySubtype::Generic, bytes: self.incarnation.0.to_vec() };
+        let Position { time, ordinal } = self.position;
+        doc! {"incarnation": incarnation, "time": mongo::timestamp(time), "ordinal": i64::from(ordinal)}
+    }
+
+    /// None when it is not there, or of a form that only another version knows.
+    fn of(lease: &Document) -> Option<Self> {
+        let applied = lease.get_document("applied").ok()?;
+        let time = mongo::cluster_time(applied.get_timestamp("time").ok()?);
+        let ordinal = u32::try_from(applied.get_i64("ordinal").ok()?).ok()?;
+        let incarnation = Incarnation::from_slice(applied.get_binary_generic("incarnation").ok()?)?;
+        Some(Self { incarnation, position: Position::new(time, ordinal) })
+    }
+}
 
 /// Keeps or waits for the lease.
 #[derive(Debug)]
@@ -31,6 +60,8 @@ pub struct Lease {
     process: ObjectId,
     ttl: Duration,
     state: watch::Sender<Leadership>,
+    told: watch::Receiver<Option<Applied>>,
+    heard: watch::Sender<Option<Applied>>,
 }
 
 /// Another agent took the lease from this one.
@@ -39,9 +70,18 @@ pub struct Lease {
 pub struct Lost(pub Term);
 
 impl Lease {
-    /// Prepares; `state` is told about every change.
-    pub fn new(client: Client, group: String, agent: AgentId, ttl: Duration, state: watch::Sender<Leadership>) -> Self {
-        Self { client, group, agent, process: ObjectId::new(), ttl, state }
+    /// Prepares; `state` is told about every change. While this agent holds the lease the others are `told`; while another
+    /// one does, `heard` is what that one told.
+    pub fn new(
+        client: Client,
+        group: String,
+        agent: AgentId,
+        ttl: Duration,
+        state: watch::Sender<Leadership>,
+        told: watch::Receiver<Option<Applied>>,
+        heard: watch::Sender<Option<Applied>>,
+    ) -> Self {
+        Self { client, group, agent, process: ObjectId::new(), ttl, state, told, heard }
     }
 
     fn agent_id(&self) -> Binary {
@@ -60,11 +100,14 @@ impl Lease {
         let next = doc! {"$add": [{"$ifNull": ["$term", 0_i64]}, 1_i64]};
         let ttl = i64::try_from(self.ttl.as_millis()).unwrap_or(i64::MAX);
         let if_free = |new: Bson, old: &str| doc! {"$cond": [free.clone(), new, old]};
+        // What an earlier holder told is not repeated: its targets may have begun again since.
+        let told = (*self.told.borrow()).map_or("$$REMOVE".into(), |applied| applied.to_document().into());
         let set = doc! {
             "term": if_free(doc! {"$cond": [same, "$term", next]}.into(), "$term"),
             "expires": if_free(doc! {"$add": ["$$NOW", ttl]}.into(), "$expires"),
             "process": if_free(self.process.into(), "$process"),
             "agent": if_free(self.agent_id().into(), "$agent"),
+            "applied": if_free(told, "$applied"),
         };
         let lease = leases
             .find_one_and_update(doc! {"_id": &self.group}, vec![doc! {"$set": set}])
@@ -73,8 +116,12 @@ impl Lease {
             .write_concern(WriteConcern::builder().w(mongodb::options::Acknowledgment::Majority).journal(true).build())
             .await
             .map_err(Failure::of("renew the lease"))?;
-        let mine = lease.filter(|lease| lease.get_object_id("process").is_ok_and(|process| process == self.process));
-        Ok(mine.and_then(|lease| lease.get_i64("term").ok()).map(|term| Term(term as u64)))
+        let lease = lease.unwrap_or_default();
+        if lease.get_object_id("process").is_ok_and(|process| process == self.process) {
+            return Ok(lease.get_i64("term").ok().map(|term| Term(term as u64)));
+        }
+        self.heard.send_replace(Applied::of(&lease));
+        Ok(None)
     }
 
     /// Runs until cancelled, then gives the lease back.
@@ -141,5 +188,28 @@ impl Lease {
             tracing::debug!("the lease was not given back; it runs out by itself");
         }
         self.state.send_modify(|state| state.leader = false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ClusterTime;
+
+    #[test]
+    fn what_is_applied_keeps_its_form_in_the_lease() {
+        let position = Position::new(ClusterTime::new(9, 2), 3);
+        let applied = Applied { incarnation: Incarnation([7; 16]), position };
+        let lease = doc! {"_id": "bank", "term": 4_i64, "applied": applied.to_document()};
+        let incarnation = Binary { subtype: BinarySubtype::Generic, bytes: vec![7; 16] };
+        let time = bson::Timestamp { time: 9, increment: 2 };
+        assert_eq!(
+            lease.get("applied"),
+            Some(&doc! {"incarnation": incarnation, "time": time, "ordinal": 3_i64}.into())
+        );
+        assert_eq!(Applied::of(&lease), Some(applied));
+        // An older agent's lease, and one of a form to come.
+        assert_eq!(Applied::of(&doc! {"term": 4_i64}), None);
+        assert_eq!(Applied::of(&doc! {"applied": {"time": 9_i64}}), None);
     }
 }

@@ -10,10 +10,11 @@ use mongodb::Client;
 use crate::link::{FetchSource, Receiving, StartGate, StartRefusal};
 use crate::model::{ClusterTime, Incarnation, Position, SiteName, StreamHash};
 use crate::mongo::{self, Failure};
-use crate::outbox::{Log, LogState};
-use crate::source::capture::{self, CaptureHandle, Phase};
+use crate::outbox::Log;
+use crate::source::capture::{self, CaptureHandle};
 use crate::source::fetch::Fetcher;
 use crate::source::origin::Beginning;
+use crate::source::serving::{self, Course};
 
 /// The source as far as it is known yet.
 #[derive(Debug)]
@@ -63,7 +64,6 @@ impl Gate {
             refusal("the source's MongoDB was not reached yet", "it is tried again by itself; see the log of that site")
         };
         let source = source.ok_or_else(waiting)?;
-        let state = self.outbox.state().filter(|state| state.incarnation == source.incarnation);
         let (at, hash) = match (receiving.received, receiving.start_at) {
             (Some(standing), _) if standing.incarnation != source.incarnation => {
                 return Err(refusal(
@@ -85,16 +85,15 @@ impl Gate {
                 (Position::through(source.beginning.at), StreamHash::default())
             }
         };
-        let lost = match &source.capture.status().borrow().phase {
-            Phase::HistoryLost(reason) => Some(reason.clone()),
-            _ => None,
-        };
-        match (state, lost) {
-            (Some(state), Some(reason)) if at == state.end => return Err(refusal(reason, capture::RESYNC)),
-            // What this outbox cannot go on from, another agent of the site has shipped: it begins anew behind that.
-            (Some(state), Some(_)) if at > state.end => {}
-            (Some(state), _) if reaches(&state, at) => return Ok(()),
-            _ => {}
+        match serving::settled(&self.outbox, source.incarnation, &source.capture, at).await {
+            Course::Serve => return Ok(()),
+            Course::Lost(reason) => return Err(refusal(reason, capture::RESYNC)),
+            Course::Unsettled(doing) => {
+                let message =
+                    format!("the target has more than this agent's outbox, and capture is not running: {doing}");
+                return Err(refusal(message, "it is tried again by itself; see the log of that site"));
+            }
+            Course::Begin => {}
         }
         self.check_oplog(at.time).await?;
         let begun = source.capture.begin(at, hash).await;
@@ -111,11 +110,6 @@ impl Gate {
             _ => Ok(()),
         }
     }
-}
-
-/// Whether the log can serve everything after `at`.
-fn reaches(state: &LogState, at: Position) -> bool {
-    state.first <= at
 }
 
 impl StartGate for Gate {

@@ -43,6 +43,8 @@ pub struct SourceProgress {
     pub captured_changes: u64,
     /// Their bytes.
     pub captured_bytes: u64,
+    /// What follows the outbox is gone from the source's oplog.
+    pub lost: bool,
 }
 
 /// Why a stream cannot start.
@@ -66,8 +68,8 @@ pub trait StartGate: Send + Sync + 'static {
     /// At the target, while its inbox of `source` was never begun: what to say of it in Hello.
     fn receiving<'a>(&'a self, source: &'a SiteName) -> BoxFuture<'a, Result<Receiving, StartRefusal>>;
 
-    /// At the source, when the outbox has not begun, does not reach back, or the target has nothing yet: makes sure the outbox serves
-    /// `receiving` (capture begins it where that stands).
+    /// At the source, when the outbox has not begun, does not reach back or not as far as the target is, or the target has nothing
+    /// yet: makes sure the outbox serves `receiving` (capture gets there, or begins it where that stands).
     fn serve_from<'a>(
         &'a self,
         peer: &'a SiteName,

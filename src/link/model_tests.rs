@@ -1,5 +1,6 @@
 //! The two machines against a hostile channel: frames are lost, repeated, held back, damaged and cut, and sessions begin anew from
-//! what is durable; commits come late. Whatever happens, the inbox is a gapless prefix of the history, each change once, no
+//! what is durable; commits come late. Agents of the source take over whose outboxes are behind the target, and the history
+//! these would need may be gone. Whatever happens, the inbox is a gapless prefix of the history, each change once, no
 //! acknowledgement exceeds what is durable, and once the channel behaves everything arrives.
 
 use std::collections::VecDeque;
@@ -34,6 +35,12 @@ enum Chaos {
     Cut,
     /// The source's outbox is cut anew by another agent, in pieces of this length.
     Recut(u64),
+    /// Another agent takes over whose capture is only there.
+    Behind(u64),
+    /// Capture goes on.
+    Capture(u64),
+    /// A target that is ahead of the outbox has what the oplog no longer holds.
+    Lose,
 }
 
 fn chaos() -> impl Strategy<Value = Chaos> {
@@ -48,6 +55,9 @@ fn chaos() -> impl Strategy<Value = Chaos> {
         4 => Just(Chaos::Commit),
         1 => Just(Chaos::Cut),
         1 => (1u64..6).prop_map(Chaos::Recut),
+        1 => (0u64..60).prop_map(Chaos::Behind),
+        2 => (1u64..9).prop_map(Chaos::Capture),
+        1 => Just(Chaos::Lose),
     ]
 }
 
@@ -96,6 +106,12 @@ impl Inbox {
 
 struct World {
     outbox: Vec<Batch>,
+    /// Where the outbox begins, and how much of it is captured.
+    first: u64,
+    captured: u64,
+    until: u64,
+    /// What follows the outbox is gone.
+    lost: bool,
     inbox: Inbox,
     sender: Sender,
     read_from: Position,
@@ -106,9 +122,9 @@ struct World {
     waiting_most: u64,
 }
 
-fn outbox(until: u64, length: u64) -> Vec<Batch> {
-    let mut hash: StreamHash = hash_before(START);
-    let cuts = (START..until).step_by(length as usize);
+fn outbox(first: u64, until: u64, length: u64) -> Vec<Batch> {
+    let mut hash: StreamHash = hash_before(first);
+    let cuts = (first..until).step_by(length as usize);
     cuts.map(|from| {
         let batch = batch_after(1, from, until.min(from + length), hash);
         hash = batch.header().hash;
@@ -121,7 +137,11 @@ impl World {
     fn new(until: u64) -> Self {
         let inbox = Inbox::default();
         let mut world = Self {
-            outbox: outbox(until, 3),
+            outbox: outbox(START, until, 3),
+            first: START,
+            captured: until,
+            until,
+            lost: false,
             sender: Sender::new(site("north"), Epoch(1), Term(1)),
             receiver: Receiver::new(inbox.receiving(), None, Epoch(1), Term(0), CREDIT),
             inbox,
@@ -143,10 +163,13 @@ impl World {
         self.sender = Sender::new(site("north"), Epoch(1), Term(self.term));
         self.receiver = Receiver::new(receiving.clone(), self.inbox.begun, Epoch(1), self.inbox.term, CREDIT);
         self.receiver.on(receiver::Event::Room(u64::MAX));
-        let view = Some(OutboxView { incarnation: incarnation(1), first: at(START) });
-        let mut action = self.sender.on(sender::Event::Hello(receiving, view));
+        let mut action = self.sender.on(sender::Event::Hello(receiving, self.view()));
         if action == Some(Ship::AskGate) {
-            action = self.sender.on(sender::Event::Gate(Ok(()), view));
+            if self.lost && self.ahead() {
+                // What the gate does: capture begins where the target is.
+                self.begin(self.inbox.begun.expect("it is ahead").end.time.0, 2);
+            }
+            action = self.sender.on(sender::Event::Gate(Ok(()), self.view()));
         }
         match action {
             Some(Ship::ReadFrom(position)) => self.read_from = position,
@@ -154,9 +177,37 @@ impl World {
         }
     }
 
+    fn begin(&mut self, first: u64, length: u64) {
+        self.outbox = outbox(first, self.until, length);
+        (self.first, self.captured, self.lost) = (first, first, false);
+    }
+
+    /// Only whole batches are captured.
+    fn end(&self) -> Position {
+        let ends = self.outbox.iter().map(|batch| batch.header().end);
+        ends.take_while(|end| *end <= at(self.captured)).last().unwrap_or(at(self.first))
+    }
+
+    fn view(&self) -> Option<OutboxView> {
+        Some(OutboxView { incarnation: incarnation(1), first: at(self.first), end: self.end() })
+    }
+
+    fn ahead(&self) -> bool {
+        self.inbox.begun.is_some_and(|view| view.end > self.end())
+    }
+
+    /// Looks whether capture can get there, as a session does again and again.
+    fn look(&mut self) {
+        if self.lost && self.sender.on(sender::Event::Lost(self.view())).is_some() {
+            self.connect();
+        }
+    }
+
     fn ship(&mut self) {
+        let captured = self.end();
         while self.sender.wants_record() {
-            let Some(next) = self.outbox.iter().find(|batch| batch.header().end > self.read_from) else { return };
+            let next = self.outbox.iter().find(|batch| batch.header().end > self.read_from);
+            let Some(next) = next.filter(|batch| batch.header().end <= captured) else { return };
             self.read_from = next.header().end;
             match self.sender.on(sender::Event::Record(next.clone())) {
                 Some(Ship::Send(frame)) => self.frames.push_back(frame),
@@ -195,7 +246,8 @@ impl World {
         self.waiting_most = self.waiting_most.max(waiting.sum());
     }
 
-    fn step(&mut self, chaos: Chaos, until: u64) {
+    fn step(&mut self, chaos: Chaos) {
+        self.look();
         self.ship();
         match chaos {
             Chaos::Deliver => {
@@ -227,15 +279,30 @@ impl World {
             Chaos::Commit => drop(self.commit()),
             Chaos::Cut => self.connect(),
             Chaos::Recut(length) => {
-                self.outbox = outbox(until, length);
+                self.begin(START, length);
+                self.captured = self.until;
                 self.term += 1;
                 self.connect();
             }
+            Chaos::Behind(captured) => {
+                self.begin(START, 2);
+                self.captured = START + captured;
+                self.term += 1;
+                self.connect();
+            }
+            Chaos::Capture(more) if !self.lost => self.captured = self.until.min(self.captured + more),
+            Chaos::Capture(_) => {}
+            Chaos::Lose => self.lost |= self.ahead(),
         }
     }
 
-    fn settle(&mut self, until: u64) {
+    fn settle(&mut self) {
+        let until = self.until;
         for _ in 0..10_000 {
+            self.look();
+            if !self.lost {
+                self.captured = until;
+            }
             self.ack();
             self.ship();
             match self.frames.pop_front() {
@@ -259,11 +326,11 @@ proptest! {
         let until = START + length;
         let mut world = World::new(until);
         for step in steps {
-            world.step(step, until);
+            world.step(step);
             let expected: Vec<u64> = (START..).take(world.inbox.times.len()).collect();
             prop_assert_eq!(&world.inbox.times, &expected, "a gapless prefix, each change once");
         }
-        world.settle(until);
+        world.settle();
         prop_assert_eq!(world.inbox.times.len() as u64, length);
         prop_assert_eq!(world.inbox.begun.map(|view| view.hash), Some(hash_before(until)));
         let largest = world.outbox.iter().map(|b| b.record().len() as u64).max().unwrap_or(0);

@@ -1,9 +1,9 @@
 //! The source's half of a stream as a state machine: decides what is read and shipped, does no I/O.
 //!
 //! ```text
-//! AwaitingHello --Hello, outbox reaches back------------> Streaming
+//! AwaitingHello --Hello, outbox reaches it--------------> Streaming
 //!       |                                                  ^   |
-//!       +--Hello, it does not--> AwaitingGate --allowed--> |   | Trimmed, Reject, other history
+//!       +--Hello, it does not--> AwaitingGate --allowed--> |   | Trimmed, Lost, Reject, other history
 //!                                   |   AwaitingOutbox ----+   v
 //!                                   +--refused------------> Stopped
 //! ```
@@ -25,6 +25,8 @@ pub struct OutboxView {
     pub incarnation: Incarnation,
     /// It reaches back to here.
     pub first: Position,
+    /// And up to here.
+    pub end: Position,
 }
 
 /// What happens to a sender.
@@ -40,6 +42,8 @@ pub enum Event {
     Record(Batch),
     /// What should be read next is no longer kept.
     Trimmed,
+    /// What follows the outbox is gone at the source.
+    Lost(Option<OutboxView>),
     /// Total bytes that may have been sent.
     Credit(u64),
     /// The target refuses.
@@ -130,6 +134,11 @@ impl Sender {
             }
             (State::AwaitingOutbox(receiving), Event::Outbox(outbox)) => self.begin(receiving, outbox),
             (State::Streaming { .. }, Event::Trimmed) => self.restart("the outbox no longer holds what comes next"),
+            // The gate knows what to do about a target that is ahead of what can still be captured.
+            (State::Streaming { sent, .. }, Event::Lost(Some(outbox))) if sent > outbox.end => {
+                self.restart("the target is ahead of the outbox, which cannot get there")
+            }
+            (state, Event::Lost(_)) => self.stay(state),
             (State::Streaming { incarnation, sent, bytes, begins }, Event::Record(batch)) => {
                 let frame = pb::Batch {
                     source: self.source.to_string(),
@@ -165,7 +174,9 @@ impl Sender {
             (Some(outbox), Some(standing)) if outbox.incarnation != standing.incarnation => {
                 self.other_history(&receiving, outbox)
             }
-            (Some(outbox), Some(standing)) if outbox.first <= standing.position => self.begin(receiving, Some(outbox)),
+            (Some(outbox), Some(standing)) if (outbox.first..=outbox.end).contains(&standing.position) => {
+                self.begin(receiving, Some(outbox))
+            }
             _ => {
                 self.state = State::AwaitingGate(receiving);
                 Some(Action::AskGate)
@@ -243,7 +254,7 @@ mod tests {
     }
 
     fn outbox(first: u64) -> Option<OutboxView> {
-        Some(OutboxView { incarnation: incarnation(1), first: at(first) })
+        Some(OutboxView { incarnation: incarnation(1), first: at(first), end: at(20) })
     }
 
     fn reason(action: Option<Action>) -> Reason {
@@ -302,9 +313,22 @@ mod tests {
     }
 
     #[test]
+    fn a_target_that_is_ahead_passes_the_gate_and_is_left_when_it_cannot_be_reached() {
+        let mut ahead = sender();
+        assert_eq!(ahead.on(Event::Hello(standing(99), outbox(10))), Some(Action::AskGate));
+        assert_eq!(ahead.on(Event::Lost(outbox(10))), None, "the gate decides");
+        assert_eq!(ahead.on(Event::Gate(Ok(()), outbox(10))), Some(Action::ReadFrom(at(99))));
+        assert!(matches!(ahead.on(Event::Lost(outbox(10))), Some(Action::Stop(Stop::Restart(_)))));
+        // The outbox's last records are shipped although nothing can follow them.
+        let mut behind = sender();
+        assert_eq!(behind.on(Event::Hello(standing(20), outbox(10))), Some(Action::ReadFrom(at(20))));
+        assert_eq!(behind.on(Event::Lost(outbox(10))), None);
+    }
+
+    #[test]
     fn refusals_name_their_reason() {
         let mut other = sender();
-        let view = OutboxView { incarnation: incarnation(2), first: at(1) };
+        let view = OutboxView { incarnation: incarnation(2), first: at(1), end: at(20) };
         assert_eq!(reason(other.on(Event::Hello(standing(4), Some(view)))), Reason::Incarnation);
         let mut gate = sender();
         gate.on(Event::Hello(fresh(None), None));

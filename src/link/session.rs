@@ -300,8 +300,9 @@ impl<'a> Session<'a> {
         if silent {
             return Some(Ended::Lost(format!("nothing was heard for {} s", SILENCE.as_secs())));
         }
-        let outcome = self.take.as_mut()?.tick();
-        self.taken(outcome)
+        let shipped = self.ship.as_mut().map(Ship::tick).and_then(|outcome| self.shipped(outcome));
+        let taken = self.take.as_mut().map(Take::tick);
+        shipped.or_else(|| self.taken(taken?))
     }
 
     fn has_frame(&self) -> bool {

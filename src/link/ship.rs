@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::hub::{PeerEntry, Shared, SourceProgress, StartRefusal};
 use super::sender::{self, Action, OutboxView, Sender, Stop};
 use super::wire::Receiving;
-use crate::model::{SiteName, Term};
+use crate::model::{Epoch, Position, SiteName, StreamHash, Term};
 use crate::outbox::{Error, Log, LogState, Reader, Stored};
 
 /// Fetches answered at once.
@@ -58,7 +58,7 @@ pub(super) struct Ship {
 }
 
 fn view(state: Option<&LogState>) -> Option<OutboxView> {
-    state.map(|state| OutboxView { incarnation: state.incarnation, first: state.first })
+    state.map(|state| OutboxView { incarnation: state.incarnation, first: state.first, end: state.end })
 }
 
 impl Ship {
@@ -136,20 +136,27 @@ impl Ship {
         }
     }
 
-    /// A damaged record is never shipped: the outbox is cut back to its last good one, or begins again where the target
-    /// is, and capture reads the rest from the source's oplog once more. The session starts anew meanwhile.
+    /// Looks whether capture can still reach the target.
+    pub(super) fn tick(&mut self) -> Outcome {
+        if !self.progress.borrow().lost {
+            return Outcome::Nothing;
+        }
+        let outbox = view(self.outbox.state().as_ref());
+        self.decide(sender::Event::Lost(outbox))
+    }
+
+    /// A damaged record is never shipped: capture reads it from the source's oplog once more. The session starts anew
+    /// meanwhile.
     fn repair(&self) {
         self.entry().outgoing.send_modify(|view| view.counters.corrupt_records += 1);
-        let (outbox, standing, epoch) = (self.outbox.clone(), self.receiving.received, self.shared.config.epoch);
+        let (outbox, receiving, epoch) = (self.outbox.clone(), self.receiving.clone(), self.shared.config.epoch);
+        let received = self.entry().outgoing.borrow().received;
         self.shared.tasks.spawn(async move {
-            let repaired = match (outbox.salvage().await, standing) {
-                (Ok(Some((end, hash))), _) => outbox.rewind(end, hash, None).await,
-                (Ok(None), Some(at)) => outbox.begin(at.incarnation, epoch, at.position, at.hash, None).await,
-                (Ok(None), None) => Ok(()),
-                (Err(error), _) => Err(error),
-            };
-            match repaired {
-                Ok(()) => tracing::warn!("the outbox held a damaged record; what followed is captured again"),
+            match repair(&outbox, &receiving, received, epoch).await {
+                Ok(None) => {}
+                Ok(Some(end)) => {
+                    tracing::warn!(%end, "the outbox held a damaged record; what follows is captured again")
+                }
                 Err(error) => tracing::error!(%error, "the outbox holds a damaged record and cannot be repaired"),
             }
         });
@@ -232,4 +239,30 @@ impl Ship {
             super::status::note_reject(&self.entry().outgoing, rejection, now);
         }
     }
+}
+
+/// Cuts the outbox back to its last good record past what the target has, or begins it again where the target is: what the
+/// target has may be damaged, and may be gone from the oplog. The new end, if something was done.
+async fn repair(
+    outbox: &Log,
+    receiving: &Receiving,
+    received: Option<Position>,
+    epoch: Epoch,
+) -> Result<Option<Position>, Error> {
+    let Some(state) = outbox.state() else { return Ok(None) };
+    let begins = || receiving.floor().unwrap_or(state.first);
+    let (end, hash) = match outbox.salvage_after(received.unwrap_or_else(begins)).await {
+        // Another session has done it.
+        Err(Error::Restarted { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+        Ok(Some((end, _))) if end == state.end => return Ok(None),
+        Ok(Some((end, hash))) => return outbox.rewind(end, hash, None).await.map(|()| Some(end)),
+        Ok(None) => match receiving.received {
+            None => (begins(), StreamHash::default()),
+            Some(standing) if Some(standing.position) >= received => (standing.position, standing.hash),
+            // Only Hello tells the hash; the next session's says where the target is now.
+            Some(_) => return Ok(None),
+        },
+    };
+    outbox.begin(state.incarnation, epoch, end, hash, None).await.map(|()| Some(end))
 }

@@ -61,6 +61,8 @@ pub(super) enum Outcome {
 pub(super) struct Take {
     shared: Arc<Shared>,
     machine: Receiver,
+    /// What our Hello said is durable.
+    told: Option<Position>,
     log: Log,
     ops: VecDeque<Op>,
     current: Option<Op>,
@@ -84,10 +86,12 @@ impl Take {
         let term = state.as_ref().map_or(Term(0), |state| state.term);
         let applied = shared.inputs.applied.get(&receiving.source).cloned();
         let (sender, jobs) = mpsc::channel(ASKED);
+        let told = receiving.received.map(|standing| standing.position);
         let machine = Receiver::new(receiving, inbox, shared.config.epoch, term, shared.config.credit);
         let mut take = Self {
             shared: shared.clone(),
             machine,
+            told,
             log,
             ops: VecDeque::new(),
             current: None,
@@ -114,14 +118,15 @@ impl Take {
     }
 
     /// Looks at the inbox again. One that was cut back (a damaged record) must be received again from its end, which only a
-    /// new session asks for; the source may have nothing left to ship in this one.
+    /// new session asks for; the source may have nothing left to ship in this one. Hello is an acknowledgement too, and
+    /// was said a while before this session began to store.
     pub(super) fn tick(&mut self) -> Outcome {
         self.measure();
         let kept = self.log.state().map(|state| state.end);
-        match self.machine.durable() {
-            Some(durable) if kept < Some(durable) => {
+        match self.machine.durable().max(self.told) {
+            Some(acknowledged) if kept < Some(acknowledged) => {
                 let kept = kept.map_or("its beginning".to_owned(), |end| end.to_string());
-                Outcome::Failed(format!("the inbox was cut back from {durable} to {kept}; it is received again"))
+                Outcome::Failed(format!("the inbox was cut back from {acknowledged} to {kept}; it is received again"))
             }
             _ => Outcome::Nothing,
         }

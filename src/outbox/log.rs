@@ -124,9 +124,17 @@ impl Log {
     /// # Errors
     /// The disk cannot be read, or the log has not begun.
     pub async fn salvage(&self) -> Result<Option<(Position, StreamHash)>, Error> {
+        self.salvage_after(Position::ZERO).await
+    }
+
+    /// [`Self::salvage`] of the records that end after `after`: what is wrong with older ones does not matter.
+    ///
+    /// # Errors
+    /// The disk cannot be read, the log has not begun, or it was begun or rewound meanwhile.
+    pub async fn salvage_after(&self, after: Position) -> Result<Option<(Position, StreamHash)>, Error> {
         let state = self.state().ok_or_else(|| Error::NotBegun { log: self.id().clone() })?;
-        let mut good = (state.first == state.end).then_some((state.end, state.hash));
-        let mut after = state.first;
+        let mut after = after.max(state.first);
+        let mut good = (after >= state.end).then_some((state.end, state.hash));
         while after < state.end {
             let (store, log) = (Arc::clone(&self.shared.store), self.id().clone());
             let read = move || store.read_of(&log, Some(state.generation), after, SALVAGE_BYTES);

@@ -4,14 +4,17 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use bson::doc;
+use bson::spec::BinarySubtype;
+use bson::{Binary, doc};
+use farshore_api::Position;
 use farshore_testkit::compare::Options;
 use farshore_testkit::pair::{Between, PairOptions, Side};
 use farshore_testkit::proxy::faults::Faults;
 use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
+use rand::RngCore as _;
 
-use crate::support::{client, equal, pair, status, stream};
+use crate::support::{client, equal, leader, now_at, pair, status, stream};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -79,6 +82,47 @@ async fn a_stale_source_agent_changes_nothing() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_target_agent_changes_nothing() -> Result<()> {
     stale_agent(Side::South).await
+}
+
+/// More than an outbox may hold.
+const TOO_MUCH: i32 = 96;
+
+/// No target ever talks to the standby; still it keeps nothing that is applied, so it goes on capturing and can take over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_outbox_of_a_standby_gives_back_what_is_applied() -> Result<()> {
+    let settings = vec![
+        ("lease", "ttl", "\"2s\"".to_owned()),
+        ("data", "outbox_limit", "\"64MiB\"".to_owned()),
+        ("data", "retention", "\"1MiB\"".to_owned()),
+        ("data", "retention_time", "\"1s\"".to_owned()),
+    ];
+    let mut pair = pair(PairOptions { agents: 2, settings, ..PairOptions::default() }).await?;
+    let source = client(&mut pair, Side::North)?;
+    let leading = leader(&pair, Side::North).await?;
+    let large = source.database("app").collection("large");
+    for n in 0..TOO_MUCH {
+        // Nothing that can be compressed.
+        let mut bytes = vec![0; 1 << 20];
+        rand::rng().fill_bytes(&mut bytes);
+        let bytes = Binary { subtype: BinarySubtype::Generic, bytes };
+        large.insert_one(doc! {"_id": n, "bytes": bytes}).await?;
+    }
+    let now = Position::before(now_at(&source).await?);
+    let shared = &pair;
+    wait::until("the standby to have captured everything", DEADLINE, || async {
+        let status = status(&shared.pki, &shared.north.agents[1 - leading]).await?;
+        ensure!(!status.leader, "it leads");
+        let reasons = status.streams.iter().map(|stream| stream.reason.as_str()).collect::<Vec<_>>().join("; ");
+        match status.outbox.and_then(|log| log.last).map(Position::from) {
+            Some(last) if last >= now => Ok(()),
+            last => bail!("captured {last:?} of {now} ({reasons})"),
+        }
+    })
+    .await?;
+    pair.north.agents[leading].kill9()?;
+    large.insert_one(doc! {"_id": "after"}).await?;
+    println!("{}", equal_on(&mut pair, Side::North, leading).await?);
+    pair.check_logs(&[])
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

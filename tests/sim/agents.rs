@@ -16,7 +16,8 @@ use farshore::model::{
     AgentId, ClusterTime, CollectionUuid, Epoch, Incarnation, Position, SiteName, StreamHash, StreamId, hash, raw,
 };
 use farshore::outbox::{Log, LogId, Logs};
-use farshore::source::capture::{Capture, CaptureHandle, History};
+use farshore::source::capture::{Capture, CaptureHandle, History, Phase};
+use farshore::source::serving::{self, Course};
 use farshore_api::replication::v1::{Fetch, Fetched};
 use futures::future::BoxFuture;
 use tokio::sync::{Notify, watch};
@@ -115,6 +116,7 @@ async fn process(world: &Shared, host: &'static str) -> String {
     });
     let target = Arc::new(SimTarget::new(world.clone(), host));
     if site_of(host) == "north" {
+        let host = (host, process);
         originate(world, host, &hub, &logs, &gate, lease.subscribe(), progress, &tasks, &mut parts);
         let mut lease = lease.subscribe();
         parts.spawn(async move {
@@ -221,7 +223,7 @@ async fn apply(
 #[expect(clippy::too_many_arguments, reason = "what the product's agent joins, in one place")]
 fn originate(
     world: &Shared,
-    host: &'static str,
+    (host, process): (&'static str, u64),
     hub: &Hub,
     logs: &Logs,
     gate: &SimGate,
@@ -239,6 +241,7 @@ fn originate(
         let handle = handle.clone();
         tasks.spawn(async move { drop(handle.begin(begun, StreamHash::default()).await) });
     }
+    let status = handle.status();
     assert!(gate.capture.set(handle).is_ok(), "set once");
     parts.spawn(async move { format!("capture ended: {:?}", capture.run(CancellationToken::new()).await) });
     let of = world.clone();
@@ -262,9 +265,11 @@ fn originate(
     parts.spawn(async move {
         loop {
             let captured = outbox.state().map(|state| state.end);
-            let now = SourceProgress { head: lock(&of).source.clock, captured, ..SourceProgress::default() };
+            let lost = matches!(status.borrow().phase, Phase::HistoryLost(_));
+            let now = SourceProgress { head: lock(&of).source.clock, captured, lost, ..SourceProgress::default() };
             progress.send_if_modified(|old| std::mem::replace(old, now) != now);
-            let applied = hub.stream_view(&stream()).and_then(|view| view.applied);
+            let own = hub.stream_view(&stream()).and_then(|view| view.applied);
+            let applied = own.or(lock(&of).tell(host, process, own));
             if let (Some(applied), Some(state)) = (applied, outbox.state()) {
                 outbox.release(state.incarnation, applied);
             }
@@ -304,15 +309,25 @@ impl StartGate for SimGate {
     fn serve_from<'a>(&'a self, _: &'a SiteName, receiving: &'a Receiving) -> BoxFuture<'a, Result<(), StartRefusal>> {
         Box::pin(async move {
             let capture = self.capture.get().ok_or_else(|| refusal("the source was not reached yet"))?;
-            let state = self.outbox.state().filter(|state| state.incarnation == incarnation());
             let (at, hash) = match receiving.received {
                 Some(standing) => (standing.position, standing.hash),
                 None => (lock(&self.world).beginning, StreamHash::default()),
             };
-            if state.is_some_and(|state| state.first <= at) {
-                return Ok(());
+            match serving::settled(&self.outbox, incarnation(), capture, at).await {
+                Course::Serve => return Ok(()),
+                Course::Begin => {}
+                Course::Lost(reason) | Course::Unsettled(reason) => return Err(refusal(&reason)),
             }
-            lock(&self.world).log(format!("the outbox begins again at {at}"));
+            {
+                let world = &mut *lock(&self.world);
+                if world.source.oldest > at.time {
+                    world.broken(format!("history is lost at {at}, the oplog begins at {}", world.source.oldest));
+                    return Err(refusal("history lost"));
+                }
+                world.log(format!("the outbox begins again at {at}"));
+                let lost = matches!(capture.status().borrow().phase, Phase::HistoryLost(_));
+                world.counts.begun_again += u64::from(lost);
+            }
             capture.begin(at, hash).await.map_err(|error| refusal(&error.to_string()))
         })
     }

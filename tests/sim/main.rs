@@ -66,7 +66,11 @@ fn every_seed_converges_and_breaks_no_promise() {
     );
     if ran >= 100 {
         assert!(total.counts.crashes > 0 && total.counts.takeovers > 0 && total.counts.failovers > 0);
+        assert!(total.counts.truncations > 0);
         assert!(total.done.rolled_back > 0 && total.counts.fetches > 0 && total.done.transactions > 0);
+    }
+    if ran >= 300 {
+        assert!(total.counts.begun_again > 0);
     }
 }
 

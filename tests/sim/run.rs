@@ -42,6 +42,8 @@ impl Outcome {
         a.takeovers += b.takeovers;
         a.fetches += b.fetches;
         a.corruptions += b.corruptions;
+        a.truncations += b.truncations;
+        a.begun_again += b.begun_again;
         let (a, b) = (&mut self.done, &other.done);
         a.commits += b.commits;
         a.changes += b.changes;
@@ -58,7 +60,8 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "{} simulated s, {} events, {} changes in {} commits ({} rolled back), {} source transactions, {} fetches; \
-             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers, {} damaged records",
+             {} crashes, {} exits, {} partitions, {} failovers, {} takeovers, {} damaged records, {} truncations of the \
+             oplog ({} outboxes began again for it)",
             self.simulated.as_secs(),
             self.events,
             d.changes,
@@ -71,7 +74,9 @@ impl fmt::Display for Outcome {
             c.partitions,
             c.failovers,
             c.takeovers,
-            c.corruptions
+            c.corruptions,
+            c.truncations,
+            c.begun_again
         )
     }
 }
@@ -272,7 +277,7 @@ impl Driver<'_> {
         if !self.dice.random_bool(0.005) {
             return;
         }
-        match self.dice.random_range(0..13) {
+        match self.dice.random_range(0..15) {
             0 | 1 => {
                 let host = *HOSTS.choose(&mut self.dice).expect("some");
                 let silent = self.dice.random_bool(0.5);
@@ -318,6 +323,7 @@ impl Driver<'_> {
                 self.later(500, 5000, Later::Latency);
             }
             11 => self.corrupt(),
+            12 | 13 => self.truncate(),
             _ => {
                 let (a, b) = self.link();
                 self.log(format!("loss between {a} and {b}"));
@@ -327,9 +333,23 @@ impl Driver<'_> {
         }
     }
 
+    /// The oplog loses what nobody may need: the stored floor is where a target that lost everything else goes on.
+    fn truncate(&mut self) {
+        let world = &mut *lock(&self.world);
+        let floor = world.target.stream.as_ref().map(|stream| stream.record.floor);
+        if let Some(floor) = floor.filter(|_| world.settings.short_oplog)
+            && world.source.truncate(floor)
+        {
+            world.counts.truncations += 1;
+            world.log(format!("the oplog begins right before {floor}"));
+        }
+    }
+
     /// A bit flips in the newest record on a disk.
     fn corrupt(&mut self) {
-        let host = *HOSTS.choose(&mut self.dice).expect("some");
+        // An inbox may be cut back to before its floor, which then nobody can ship any more.
+        let hosts = if lock(&self.world).settings.short_oplog { &HOSTS[..2] } else { &HOSTS[..] };
+        let host = *hosts.choose(&mut self.dice).expect("some");
         let log = if host.starts_with("north") { LogId::Outbox } else { LogId::Inbox(site("north")) };
         let world = &mut *lock(&self.world);
         let store = &world.agents[host].store;
@@ -383,6 +403,9 @@ impl Driver<'_> {
     fn bounce(&mut self, host: &'static str) {
         if let Some(at) = self.down.iter().position(|down| *down == host) {
             self.down.remove(at);
+            if host.starts_with("north") {
+                self.truncate();
+            }
             self.sim.bounce(host);
         }
     }

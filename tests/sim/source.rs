@@ -55,6 +55,8 @@ type Version = (Position, Option<Bytes>);
 pub(crate) struct SourceDb {
     pub(crate) clock: ClusterTime,
     oplog: Vec<Entry>,
+    /// Nothing before this time can be read any more.
+    pub(crate) oldest: ClusterTime,
     pub(crate) collections: BTreeMap<CollectionUuid, Collection>,
     versions: BTreeMap<(CollectionUuid, u128), Vec<Version>>,
     /// Document changes of every multi-operation transaction.
@@ -337,6 +339,24 @@ impl SourceDb {
         Ok(Some(Reply(rawdoc! {"cursor": cursor, "ok": 1.0})))
     }
 
+    /// The oplog loses what lies before the last event before `floor`: a stream resumes after one that is still there. Says whether
+    /// that is more than before.
+    pub(crate) fn truncate(&mut self, floor: Position) -> bool {
+        let before = self.oplog.partition_point(|entry| entry.position < floor);
+        let oldest = before.checked_sub(1).map_or(ClusterTime(0), |last| self.oplog[last].position.time);
+        let more = oldest > self.oldest;
+        self.oldest = self.oldest.max(oldest);
+        more
+    }
+
+    /// What a change stream after `after` needs is still there.
+    fn reaches(&self, after: Position) -> Result<(), TailError> {
+        match after.time < self.oldest {
+            true => Err(TailError::HistoryLost(format!("the oplog begins at {}, not at {after}", self.oldest))),
+            false => Ok(()),
+        }
+    }
+
     fn idle_reply(&self, after: Position) -> Reply {
         let token = match self.oplog.iter().rev().find(|entry| entry.position == after) {
             Some(entry) => entry.token.clone(),
@@ -382,6 +402,7 @@ impl Tail for SimTail {
                 }
             }
         };
+        lock(&self.0).source.reaches(after)?;
         Ok(SimStream { world: self.0.clone(), after, reading })
     }
 }
@@ -395,6 +416,7 @@ impl TailStream for SimStream {
             {
                 let mut world = lock(&self.world);
                 world.source_up()?;
+                world.source.reaches(self.after)?;
                 let most = world.batch_size();
                 if let Some(reply) = world.source.reply(&mut self.after, self.reading, most)? {
                     return Ok(reply);

@@ -38,6 +38,8 @@ pub(crate) struct Settings {
     pub(crate) options: Options,
     pub(crate) single_change_units: bool,
     pub(crate) both_dial: bool,
+    /// The source's oplog loses what the target has stored as applied.
+    pub(crate) short_oplog: bool,
     /// Writes per second of simulated time.
     pub(crate) rate: u32,
     /// Documents per collection: few meet often, many use all lanes.
@@ -54,6 +56,9 @@ pub(crate) struct Counts {
     pub(crate) takeovers: u64,
     pub(crate) fetches: u64,
     pub(crate) corruptions: u64,
+    pub(crate) truncations: u64,
+    /// Outboxes that began again because what follows them was gone.
+    pub(crate) begun_again: u64,
 }
 
 /// One host.
@@ -68,6 +73,7 @@ pub(crate) struct Agent {
 
 #[derive(Default)]
 struct Lease {
+    applied: Option<Position>,
     term: u64,
     holder: Option<(&'static str, u64)>,
     expires: Duration,
@@ -112,6 +118,7 @@ fn settings(dice: &mut StdRng) -> Settings {
         },
         single_change_units: dice.random_bool(0.7),
         both_dial: dice.random_bool(0.5),
+        short_oplog: dice.random_bool(0.4),
         rate: dice.random_range(10..90),
         ids: *[8, 24, 24, 400].choose(dice).expect("some"),
     }
@@ -241,6 +248,15 @@ impl World {
             lease.expires = now + TTL;
         }
         Some(mine.then_some(Term(lease.term)))
+    }
+
+    /// The holder of a site's lease tells how far everything is applied; the others are told.
+    pub(crate) fn tell(&mut self, host: &'static str, process: u64, applied: Option<Position>) -> Option<Position> {
+        let lease = self.leases.get_mut(site_of(host)).expect("known");
+        if lease.holder == Some((host, process)) {
+            lease.applied = applied;
+        }
+        lease.applied
     }
 
     /// Who holds the lease of a site.

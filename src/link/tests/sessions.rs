@@ -15,11 +15,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::pki::Pki;
-use super::world::{Agent, Options};
-use crate::link::testing::{batch, site};
+use super::world::{Agent, Options, at};
+use crate::link::testing::{batch, hash_before, incarnation, site};
 use crate::link::wire::{Greeting, Originating, frame};
 use crate::link::{Leadership, LinkState, REASONS};
 use crate::model::{AgentId, Epoch, Term};
+use crate::outbox::LogId;
 
 /// Opens a session by hand, says these frames and returns the rejection.
 async fn say(agent: &Agent, tls: Arc<Reloading>, frames: Vec<Body>) -> Result<pb::Reject, tonic::Status> {
@@ -87,6 +88,38 @@ async fn a_peer_is_held_to_its_certificate() {
     assert_eq!(reason(vec![hello("north", 5), shipped("north", 10), shipped("north", 14)]).await, Reason::Gap);
     south.until_received(12).await;
     assert_eq!(reason(vec![hello("north", 4)]).await, Reason::Term, "term 5 was stored with its first batch");
+    south.stop().await;
+}
+
+#[tokio::test]
+async fn an_inbox_that_is_cut_back_before_the_peers_hello_is_received_again() {
+    let pki = Pki::new();
+    let south = Agent::start(Options::south(&pki)).await;
+    let inbox = south.logs.log(&LogId::Inbox(site("north")));
+    let first = batch(1, 10, 12);
+    inbox.begin(incarnation(1), Epoch(1), at(10), hash_before(10), None).await.expect("begins");
+    for batch in [first.clone(), batch(1, 12, 20)] {
+        inbox.append(batch, None).await.expect("appends");
+    }
+    let channel = connect(&south.address, pki.site("north"), Expected::AnySite).await.expect("connects");
+    let (out, outgoing) = mpsc::channel(8);
+    let mut incoming =
+        ReplicationClient::new(channel).session(ReceiverStream::new(outgoing)).await.expect("opens").into_inner();
+    let Some(Body::Hello(said)) = incoming.message().await.expect("a frame").and_then(|frame| frame.body) else {
+        panic!("Hello comes first");
+    };
+    assert_eq!(said.receiving[0].received.map(Into::into), Some(at(20)));
+    inbox.rewind(at(12), first.header().hash, None).await.expect("cut back");
+    out.send(frame(hello("north", 5))).await.expect("room");
+    // A peer that only waits is held to be gone after 15 s.
+    let ended = async { while let Ok(Some(_)) = incoming.message().await {} };
+    tokio::time::timeout(Duration::from_secs(8), ended).await.expect("the session ends at once");
+    drop(out);
+    let north = Agent::start(Options::north(&pki, vec![south.address.clone()])).await;
+    north.capture(10, 20, 2).await;
+    south.until_received(20).await;
+    assert_eq!(south.inbox().await, (10..20).collect::<Vec<_>>());
+    north.stop().await;
     south.stop().await;
 }
 

@@ -8,8 +8,8 @@ use rand::{Rng, SeedableRng};
 use super::pki::Pki;
 use super::world::{Agent, Options, at};
 use crate::link::testing::site;
-use crate::link::{LinkState, SourceProgress, hub};
-use crate::model::{ClusterTime, Position};
+use crate::link::{Leadership, LinkState, SourceProgress, hub};
+use crate::model::{ClusterTime, Position, Term};
 use crate::outbox::LogId;
 
 async fn pair(pki: &Pki) -> (Agent, Agent) {
@@ -98,14 +98,65 @@ async fn an_inbox_that_is_cut_back_is_received_again_though_nothing_more_is_ship
     south.stop().await;
 }
 
+const IDLE: Leadership = Leadership { leader: false, term: Term(0) };
+const LEADING: Leadership = Leadership { leader: true, term: Term(5) };
+
+#[tokio::test]
+async fn a_damaged_outbox_keeps_what_is_good_past_the_target() {
+    let pki = Pki::new();
+    let south = Agent::start(Options::south(&pki)).await;
+    let north = Agent::start(Options { ring: 0, ..Options::north(&pki, vec![south.address.clone()]) }).await;
+    north.capture(10, 20, 2).await;
+    south.until_received(20).await;
+    south.leadership.send_replace(IDLE);
+    north.until("closed", |view| !view.open).await;
+    north.capture(20, 30, 2).await;
+    // The older one is only retained.
+    for end in [14, 24] {
+        assert!(north.store.corrupt(&LogId::Outbox, at(end)));
+    }
+    south.leadership.send_replace(LEADING);
+    north.until_captured(22).await;
+    north.capture(22, 30, 2).await;
+    south.until_received(30).await;
+    // Now nothing past the target is good.
+    south.leadership.send_replace(IDLE);
+    north.until("closed", |view| !view.open).await;
+    north.capture(30, 40, 2).await;
+    assert!(north.store.corrupt(&LogId::Outbox, at(32)));
+    south.leadership.send_replace(LEADING);
+    north.until_captured(30).await;
+    north.capture(30, 40, 2).await;
+    south.until_received(40).await;
+    assert_eq!(south.inbox().await, (10..40).collect::<Vec<_>>());
+    north.stop().await;
+    south.stop().await;
+}
+
+#[tokio::test]
+async fn an_outbox_whose_first_record_is_damaged_begins_again_for_a_fresh_target() {
+    let pki = Pki::new();
+    let south = Agent::start(Options { leadership: IDLE, ..Options::south(&pki) }).await;
+    let north = Agent::start(Options { ring: 0, ..Options::north(&pki, vec![south.address.clone()]) }).await;
+    north.capture(10, 20, 2).await;
+    assert!(north.store.corrupt(&LogId::Outbox, at(12)));
+    south.leadership.send_replace(LEADING);
+    north.until_captured(10).await;
+    north.capture(10, 20, 2).await;
+    south.until_received(20).await;
+    assert_eq!(south.inbox().await, (10..20).collect::<Vec<_>>());
+    north.stop().await;
+    south.stop().await;
+}
+
 #[tokio::test]
 async fn progress_acks_and_fetches_cross_the_link_and_survive_a_cut() {
     let pki = Pki::new();
     let (north, south) = pair(&pki).await;
     north.capture(10, 20, 2).await;
     south.until_received(20).await;
-    let progress =
-        SourceProgress { head: ClusterTime(99), captured: Some(at(20)), captured_changes: 7, captured_bytes: 70 };
+    let (head, captured) = (ClusterTime(99), Some(at(20)));
+    let progress = SourceProgress { head, captured, captured_changes: 7, captured_bytes: 70, lost: false };
     north.progress.send_replace(progress);
     let seen = |head| move |view: &crate::link::StreamView| view.progress.is_some_and(|(word, _)| word.head == head);
     let word = south.until("told", seen(ClusterTime(99))).await.progress.expect("progress").0;

@@ -82,9 +82,8 @@ impl StartGate for Gate {
         Box::pin(async move { Ok(Receiving { source: source.clone(), received: None, start_at: None, empty: true }) })
     }
 
-    fn serve_from<'a>(&'a self, _: &'a SiteName, receiving: &'a Receiving) -> BoxFuture<'a, Result<(), StartRefusal>> {
+    fn serve_from<'a>(&'a self, _: &'a SiteName, _: &'a Receiving) -> BoxFuture<'a, Result<(), StartRefusal>> {
         Box::pin(async move {
-            assert!(receiving.empty);
             match self.refuse.load(Ordering::Relaxed) {
                 true => Err(StartRefusal { message: "the source is not empty".into(), hint: "use start_at".into() }),
                 false => Ok(()),
@@ -100,6 +99,8 @@ pub(super) struct Options {
     pub(super) addresses: Vec<String>,
     pub(super) credit: u64,
     pub(super) limit: u64,
+    /// Bytes of recent records that are not read from the store.
+    pub(super) ring: usize,
     pub(super) leadership: Leadership,
     pub(super) tls: Arc<Reloading>,
 }
@@ -113,6 +114,7 @@ impl Options {
             addresses,
             credit: 1 << 20,
             limit: 1 << 30,
+            ring: 8 << 20,
             leadership: Leadership { leader: true, term: Term(5) },
             tls: pki.site("north"),
         }
@@ -128,6 +130,7 @@ impl Options {
 pub(super) struct Agent {
     pub(super) hub: Hub,
     pub(super) logs: Arc<Logs>,
+    pub(super) store: MemStore,
     pub(super) address: String,
     pub(super) gate: Arc<Gate>,
     pub(super) transport: Arc<Cutting>,
@@ -162,7 +165,8 @@ impl Agent {
     ) -> (String, Self) {
         let (own, peer) = (site(options.name), site(options.peer));
         let quota = Quota { limit_bytes: options.limit, retention_bytes: 0, retention_time: Duration::ZERO };
-        let logs = Logs::start(Arc::new(MemStore::new()), quota, &tasks).expect("logs");
+        let store = MemStore::new();
+        let logs = Logs::start_with_ring(Arc::new(store.clone()), quota, &tasks, options.ring).expect("logs");
         let (leadership, progress, applied) = (
             watch::Sender::new(options.leadership),
             watch::Sender::new(SourceProgress::default()),
@@ -200,6 +204,7 @@ impl Agent {
         let agent = Self {
             hub,
             logs,
+            store,
             address: address.clone(),
             gate,
             transport,
@@ -228,6 +233,14 @@ impl Agent {
 
     pub(super) async fn until_received(&self, time: u64) {
         self.until("received", |view| view.received == Some(at(time))).await;
+    }
+
+    /// Waits until the outbox ends there.
+    pub(super) async fn until_captured(&self, time: u64) {
+        let mut outbox = self.logs.log(&LogId::Outbox).watch();
+        let there = outbox.wait_for(|state| state.as_ref().is_some_and(|state| state.end == at(time)));
+        let there = tokio::time::timeout(Duration::from_secs(20), there).await.map(|state| state.is_ok());
+        assert_eq!(there, Ok(true), "the outbox is {:?}", self.logs.log(&LogId::Outbox).state());
     }
 
     /// Begins the outbox and fills it with one change a time in `from..to`, `length` in a batch.
