@@ -48,17 +48,17 @@ impl Member {
     }
 
     /// Copies the data of a member that is down, as a snapshot of its volume would.
-    pub(super) fn save_data(&self, to: &Path) -> Result<()> {
-        self.copy(&self.data, to)
+    pub(super) fn save_data(&mut self, to: &Path) -> Result<()> {
+        self.copy(&self.data.clone(), to)
     }
 
     /// Puts a copy in the place of the data of a member that is down.
-    pub(super) fn restore_data(&self, from: &Path) -> Result<()> {
+    pub(super) fn restore_data(&mut self, from: &Path) -> Result<()> {
         std::fs::remove_dir_all(&self.data).with_context(|| format!("remove {}", self.data.display()))?;
-        self.copy(from, &self.data)
+        self.copy(from, &self.data.clone())
     }
 
-    fn copy(&self, from: &Path, to: &Path) -> Result<()> {
+    fn copy(&mut self, from: &Path, to: &Path) -> Result<()> {
         if self.process.is_running() {
             bail!("the mongod on {} still runs", self.port);
         }

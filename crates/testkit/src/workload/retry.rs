@@ -11,9 +11,10 @@ use mongodb::{ClientSession, Database};
 /// Pause before a command is sent again.
 pub(super) const PAUSE: Duration = Duration::from_millis(25);
 
-/// Elections, networks, lock conflicts, index builds in the way, a write block (371).
+/// Elections, networks, lock conflicts, index builds in the way, a write block (371), a scan that another writer's rename or
+/// drop ended (175).
 const AGAIN: &[i32] = &[
-    6, 7, 24, 64, 89, 91, 112, 117, 134, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107, 11600, 11602, 12587,
+    6, 7, 24, 64, 89, 91, 112, 117, 134, 175, 189, 202, 215, 246, 251, 262, 276, 371, 9001, 10107, 11600, 11602, 12587,
     13435, 13436,
 ];
 
