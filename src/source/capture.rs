@@ -106,7 +106,7 @@ const PREFETCH: usize = 1;
 /// Batches queued for fsync at once.
 const IN_FLIGHT: usize = 32;
 /// What to do about lost history.
-pub const RESYNC: &str = "copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
+pub const RESYNC: &str = "while another agent of this site ships, nothing: this one begins where the target stands when it takes over; else copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The resume token is persisted so often while nothing is captured, so it never ages out of the oplog.

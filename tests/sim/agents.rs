@@ -321,6 +321,10 @@ impl StartGate for SimGate {
             {
                 let world = &mut *lock(&self.world);
                 if world.source.oldest > at.time {
+                    // An agent that does not know yet that another has taken over may ask for what nobody needs any more.
+                    if world.target.stream.as_ref().is_some_and(|stream| stream.record.floor > at) {
+                        return Err(refusal("history lost"));
+                    }
                     world.broken(format!("history is lost at {at}, the oplog begins at {}", world.source.oldest));
                     return Err(refusal("history lost"));
                 }
