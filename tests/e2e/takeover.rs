@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bson::spec::BinarySubtype;
 use bson::{Binary, doc};
 use farshore_api::Position;
 use farshore_testkit::compare::Options;
-use farshore_testkit::pair::{Between, PairOptions, Side};
+use farshore_testkit::pair::{Between, Pair, PairOptions, Side};
 use farshore_testkit::proxy::faults::Faults;
 use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
@@ -65,11 +65,7 @@ async fn stale_agent(side: Side) -> Result<()> {
 }
 
 /// The stopped agent has ended: it must not be asked.
-async fn equal_on(
-    pair: &mut farshore_testkit::pair::Pair,
-    side: Side,
-    gone: usize,
-) -> Result<farshore_testkit::compare::Comparison> {
+async fn equal_on(pair: &mut Pair, side: Side, gone: usize) -> Result<farshore_testkit::compare::Comparison> {
     pair.site(side).agents.remove(gone);
     equal(pair, &Options::default()).await
 }
@@ -106,6 +102,9 @@ async fn the_outbox_of_a_standby_gives_back_what_is_applied() -> Result<()> {
         rand::rng().fill_bytes(&mut bytes);
         let bytes = Binary { subtype: BinarySubtype::Generic, bytes };
         large.insert_one(doc! {"_id": n, "bytes": bytes}).await?;
+        if n % 8 == 7 {
+            room_in_every_outbox(&pair).await?;
+        }
     }
     let now = Position::before(now_at(&source).await?);
     let shared = &pair;
@@ -123,6 +122,19 @@ async fn the_outbox_of_a_standby_gives_back_what_is_applied() -> Result<()> {
     large.insert_one(doc! {"_id": "after"}).await?;
     println!("{}", equal_on(&mut pair, Side::North, leading).await?);
     pair.check_logs(&[])
+}
+
+/// Until what was written is given back again, whatever the speed of the disk: an agent whose outbox is full stops for a
+/// while, and says so.
+async fn room_in_every_outbox(pair: &Pair) -> Result<()> {
+    wait::until("room in the outboxes", DEADLINE, || async {
+        for agent in &pair.north.agents {
+            let log = status(&pair.pki, agent).await?.outbox.context("an outbox")?;
+            ensure!(log.bytes < log.limit_bytes / 2, "{} holds {} bytes", agent.link_address(), log.bytes);
+        }
+        Ok(())
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
