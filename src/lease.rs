@@ -36,17 +36,16 @@ pub struct Applied {
 impl Applied {
     fn to_document(self) -> Document {
         let incarnation = Binary { subtype: BinarySubtype::Generic, bytes: self.incarnation.0.to_vec() };
-        let Position { time, ordinal } = self.position;
-        doc! {"incarnation": incarnation, "time": mongo::timestamp(time), "ordinal": i64::from(ordinal)}
+        let mut document = doc! {"incarnation": incarnation};
+        document.extend(mongo::position(self.position));
+        document
     }
 
     /// None when it is not there, or of a form that only another version knows.
     fn of(lease: &Document) -> Option<Self> {
         let applied = lease.get_document("applied").ok()?;
-        let time = mongo::cluster_time(applied.get_timestamp("time").ok()?);
-        let ordinal = u32::try_from(applied.get_i64("ordinal").ok()?).ok()?;
         let incarnation = Incarnation::from_slice(applied.get_binary_generic("incarnation").ok()?)?;
-        Some(Self { incarnation, position: Position::new(time, ordinal) })
+        Some(Self { incarnation, position: mongo::read_position(applied)? })
     }
 }
 

@@ -8,7 +8,7 @@ use bson::{Document, doc};
 use mongodb::error::{Error as DriverError, ErrorKind};
 use mongodb::{Client, ClientSession};
 
-use crate::model::ClusterTime;
+use crate::model::{ClusterTime, Position};
 
 /// Server error codes decisions depend on; names and numbers as in MongoDB's `error_codes.yml`.
 pub mod code {
@@ -148,6 +148,17 @@ pub fn timestamp(time: ClusterTime) -> bson::Timestamp {
     bson::Timestamp { time: time.seconds(), increment: time.increment() }
 }
 
+/// A position as documents hold it.
+pub fn position(position: Position) -> Document {
+    doc! {"time": timestamp(position.time), "ordinal": i64::from(position.ordinal)}
+}
+
+/// The position a document holds.
+pub fn read_position(document: &Document) -> Option<Position> {
+    let time = cluster_time(document.get_timestamp("time").ok()?);
+    Some(Position::new(time, u32::try_from(document.get_i64("ordinal").ok()?).ok()?))
+}
+
 /// Runs a command built as raw bytes, in a session where one is given.
 ///
 /// # Errors
@@ -208,8 +219,13 @@ pub async fn write_majority(
     }
 }
 
+/// The first of a reply's write errors.
+pub fn first_write_error(reply: &Document) -> Option<&Document> {
+    reply.get_array("writeErrors").ok()?.first()?.as_document()
+}
+
 fn unwritten(reply: &Document, doing: &'static str) -> Option<Failure> {
-    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
+    let error = first_write_error(reply)?;
     let code = error.get_i32("code").unwrap_or(0);
     let detail = format!("{} ({code})", error.get_str("errmsg").unwrap_or("not written"));
     Some(Failure { doing, kind: kind_of(code), transaction_aborted: false, server_code: Some(code), detail })

@@ -33,6 +33,13 @@ pub struct Entry {
     pub ddl_through: Position,
 }
 
+impl Entry {
+    /// The same collection after it was dropped.
+    pub fn dropped(&self, through: Position) -> Self {
+        Self { presence: Presence::Dropped, ddl_through: through, ..self.clone() }
+    }
+}
+
 /// All collections by their UUID at the source.
 pub type Entries = BTreeMap<CollectionUuid, Entry>;
 

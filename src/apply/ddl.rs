@@ -62,8 +62,7 @@ async fn event(target: &MongoTarget, change: &Change<'_>, entries: &Entries) -> 
         // What it replaces at the source is gone, whatever becomes of itself here.
         if let Some((dropped, other, there)) = replaced(change, entries) {
             drop_collection(target, change.position, other, there).await?;
-            changed
-                .push((dropped, Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() }));
+            changed.push((dropped, other.dropped(change.position)));
         }
         rename_entry(change, &mut entry);
         changed.push((uuid, entry));
@@ -203,7 +202,7 @@ async fn rename(
         if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
             drop_target = store::uuid(there);
         }
-        let other = Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() };
+        let other = other.dropped(change.position);
         changed.push((dropped, other));
     }
     let from_db = entry.db.clone();
@@ -470,8 +469,7 @@ async fn nameless(target: &MongoTarget, change: &Change<'_>, entries: &Entries) 
                 command(target, db, doc! {"drop": coll}, "drop a view").await?;
             }
             let known = entries.get(&synthetic(change));
-            let gone =
-                known.map(|entry| Entry { presence: Presence::Dropped, ddl_through: change.position, ..entry.clone() });
+            let gone = known.map(|entry| entry.dropped(change.position));
             return Ok(gone.map(|entry| (synthetic(change), entry)).into_iter().collect());
         }
         Op::DropDatabase => drop_database(target, change, entries).await?,

@@ -122,10 +122,10 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
             let (Some(state), Ok(Some(record))) = (self.inbox.state(), self.target.record().await) else {
                 return Ok(());
             };
-            match self.inbox.salvage().await? {
-                Some((end, hash)) if end >= record.floor => self.inbox.rewind(end, hash, None).await?,
-                // What is applied need not be received again: the source may have nothing of it left.
-                _ => self.inbox.begin(record.incarnation, state.epoch, record.floor, record.hash, None).await?,
+            // What is applied need not be received again: the source may have nothing of it left.
+            match self.inbox.salvage(record.floor).await? {
+                Some((end, hash)) => self.inbox.rewind(end, hash, None).await?,
+                None => self.inbox.begin(record.incarnation, state.epoch, record.floor, record.hash, None).await?,
             }
         }
         Ok(())

@@ -17,7 +17,7 @@ pub(super) struct WriteError {
 }
 
 pub(super) fn first_write_error(reply: &Document) -> Option<WriteError> {
-    let error = reply.get_array("writeErrors").ok()?.first()?.as_document()?;
+    let error = crate::mongo::first_write_error(reply)?;
     Some(WriteError {
         code: error.get_i32("code").unwrap_or(0),
         message: error.get_str("errmsg").unwrap_or("no message").to_owned(),

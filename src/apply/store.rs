@@ -34,13 +34,11 @@ pub enum StoreError {
 
 /// A position as stored.
 pub fn position(position: Position) -> Bson {
-    Bson::Document(doc! {"time": mongo::timestamp(position.time), "ordinal": i64::from(position.ordinal)})
+    Bson::Document(mongo::position(position))
 }
 
 fn read_position(value: Option<&Bson>) -> Option<Position> {
-    let document = value?.as_document()?;
-    let time = mongo::cluster_time(document.get_timestamp("time").ok()?);
-    Some(Position::new(time, u32::try_from(document.get_i64("ordinal").ok()?).ok()?))
+    mongo::read_position(value?.as_document()?)
 }
 
 /// A collection UUID as stored.

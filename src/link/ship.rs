@@ -251,7 +251,7 @@ async fn repair(
 ) -> Result<Option<Position>, Error> {
     let Some(state) = outbox.state() else { return Ok(None) };
     let begins = || receiving.floor().unwrap_or(state.first);
-    let (end, hash) = match outbox.salvage_after(received.unwrap_or_else(begins)).await {
+    let (end, hash) = match outbox.salvage(received.unwrap_or_else(begins)).await {
         // Another session has done it.
         Err(Error::Restarted { .. }) => return Ok(None),
         Err(error) => return Err(error),

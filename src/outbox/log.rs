@@ -118,20 +118,13 @@ impl Log {
         self.write(Write::Rewind { log: self.id().clone(), to, hash, token }).await.map(drop)
     }
 
-    /// Reads the log until something is wrong: the end and stream hash of the last good record. `None` when not even
-    /// the first one is readable. The log is at its end when nothing is wrong.
-    ///
-    /// # Errors
-    /// The disk cannot be read, or the log has not begun.
-    pub async fn salvage(&self) -> Result<Option<(Position, StreamHash)>, Error> {
-        self.salvage_after(Position::ZERO).await
-    }
-
-    /// [`Self::salvage`] of the records that end after `after`: what is wrong with older ones does not matter.
+    /// Reads the records that end after `after` until something is wrong: the end and stream hash of the last good one.
+    /// `None` when not even the first of them is readable. The log is at its end when nothing is wrong. What is wrong with
+    /// older records does not matter.
     ///
     /// # Errors
     /// The disk cannot be read, the log has not begun, or it was begun or rewound meanwhile.
-    pub async fn salvage_after(&self, after: Position) -> Result<Option<(Position, StreamHash)>, Error> {
+    pub async fn salvage(&self, after: Position) -> Result<Option<(Position, StreamHash)>, Error> {
         let state = self.state().ok_or_else(|| Error::NotBegun { log: self.id().clone() })?;
         let mut after = after.max(state.first);
         let mut good = (after >= state.end).then_some((state.end, state.hash));

@@ -206,20 +206,20 @@ async fn salvage_names_where_to_rewind_to() {
     for n in 0..5 {
         log.append(batch_of(n, n + 1, 50), None).await.expect("append");
     }
-    assert_eq!(log.salvage().await, Ok(Some((at(5), hash_at(5, 50)))));
+    assert_eq!(log.salvage(Position::ZERO).await, Ok(Some((at(5), hash_at(5, 50)))));
     store.corrupt(&LogId::Outbox, at(4));
     let mut reader = log.reader(at(2));
     reader.next().await.expect("good");
     assert!(matches!(reader.next().await, Err(Error::Corrupt { position, .. }) if position == at(3)));
-    let (to, hash) = log.salvage().await.expect("salvage").expect("some");
+    let (to, hash) = log.salvage(Position::ZERO).await.expect("salvage").expect("some");
     assert_eq!((to, hash), (at(3), hash_at(3, 50)));
     assert!(matches!(log.rewind(Position::through(at(1).time), hash, None).await, Err(Error::Rewind { .. })));
     log.rewind(to, hash, None).await.expect("rewind");
     assert_eq!(reader.next().await, Err(Error::Restarted { log: LogId::Outbox }));
     log.append(batch_of(3, 6, 50), None).await.expect("recaptured");
-    assert_eq!(log.salvage().await, Ok(Some((at(6), hash_at(6, 50)))));
+    assert_eq!(log.salvage(Position::ZERO).await, Ok(Some((at(6), hash_at(6, 50)))));
     store.corrupt(&LogId::Outbox, at(1));
-    assert_eq!(log.salvage().await, Ok(None));
+    assert_eq!(log.salvage(Position::ZERO).await, Ok(None));
 }
 
 fn rocks(dir: &std::path::Path) -> RocksStore {

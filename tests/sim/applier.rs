@@ -448,7 +448,7 @@ impl SimTarget {
                 self.call(move |world| Ok(world.target.named(&db, &coll))).await?
             };
             drop_target = (named == Some(there)).then_some(there);
-            changed.push((uuid, Entry { presence: Presence::Dropped, ddl_through: change.position, ..other.clone() }));
+            changed.push((uuid, other.dropped(change.position)));
         }
         (entry.db, entry.coll) = (db.clone(), coll.clone());
         let name = self.call(move |world| Ok(world.target.collections.get(&here).map(|c| c.coll.clone()))).await?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 
 use super::pki::Pki;
-use super::world::{Agent, Options, at};
+use super::world::{Agent, Options, at, until_ends};
 use crate::link::testing::site;
 use crate::link::{Leadership, LinkState, SourceProgress, hub};
 use crate::model::{ClusterTime, Position, Term};
@@ -87,12 +87,7 @@ async fn an_inbox_that_is_cut_back_is_received_again_though_nothing_more_is_ship
     let first = inbox.reader(at(10)).next().await.expect("reads").batch.header().clone();
     assert_eq!(first.end, at(12));
     inbox.rewind(first.end, first.hash, None).await.expect("cut back");
-    let again = async {
-        while inbox.state().expect("begun").end < at(20) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), again).await.expect("received again in time");
+    until_ends(&inbox, 20).await;
     assert_eq!(south.inbox().await, (10..20).collect::<Vec<_>>());
     north.stop().await;
     south.stop().await;

@@ -23,7 +23,7 @@ use crate::link::{
     StreamView, TlsTransport, server,
 };
 use crate::model::{AgentId, ClusterTime, Epoch, Position, SiteName, StreamId, Term};
-use crate::outbox::{LogId, Logs, MemStore, Quota};
+use crate::outbox::{Log, LogId, Logs, MemStore, Quota};
 
 pub(super) fn at(time: u64) -> Position {
     Position::before(ClusterTime(time))
@@ -237,10 +237,7 @@ impl Agent {
 
     /// Waits until the outbox ends there.
     pub(super) async fn until_captured(&self, time: u64) {
-        let mut outbox = self.logs.log(&LogId::Outbox).watch();
-        let there = outbox.wait_for(|state| state.as_ref().is_some_and(|state| state.end == at(time)));
-        let there = tokio::time::timeout(Duration::from_secs(20), there).await.map(|state| state.is_ok());
-        assert_eq!(there, Ok(true), "the outbox is {:?}", self.logs.log(&LogId::Outbox).state());
+        until_ends(&self.logs.log(&LogId::Outbox), time).await;
     }
 
     /// Begins the outbox and fills it with one change a time in `from..to`, `length` in a batch.
@@ -281,6 +278,14 @@ impl Agent {
         self.tasks.close();
         tokio::time::timeout(Duration::from_secs(20), self.tasks.wait()).await.expect("all tasks end");
     }
+}
+
+/// Waits until a log ends there.
+pub(super) async fn until_ends(log: &Log, time: u64) {
+    let mut states = log.watch();
+    let there = states.wait_for(|state| state.as_ref().is_some_and(|state| state.end == at(time)));
+    let there = tokio::time::timeout(Duration::from_secs(20), there).await.map(|state| state.is_ok());
+    assert_eq!(there, Ok(true), "{} is {:?}", log.id(), log.state());
 }
 
 /// A transport of which connections can be cut.
