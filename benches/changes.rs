@@ -51,8 +51,8 @@ fn event(kind: &str, n: u32) -> RawDocumentBuf {
             },
         ),
         "update" => event.append(
-            bson::cstr!("updateDescription"),
-            rawdoc! {"updatedFields": {"note": &noise[..16], "price": 3.5, "stock": n as i32}, "removedFields": [], "truncatedArrays": []},
+            bson::cstr!("rawUpdateDescription"),
+            rawdoc! {"$v": 2, "diff": {"u": {"note": &noise[..16], "price": 3.5, "stock": n as i32}}},
         ),
         _ => {}
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use bson::{Document, RawDocument, RawDocumentBuf};
 use bytes::Bytes;
-use farshore::apply::delta::{Delta, PlainUpdate};
+use farshore::apply::diff::{Diff, PlainUpdate};
 use farshore::apply::store;
 use farshore::config::Config;
 use farshore::link::wire::{Greeting, Rejection};
@@ -28,7 +28,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
     ("change", change),
     ("resume_token", resume_token),
     ("reply", reply),
-    ("delta", delta),
+    ("diff", diff),
     ("config", config),
     ("frame", frame),
     ("stored_document", stored_document),
@@ -79,7 +79,7 @@ pub(crate) fn change(bytes: &[u8]) {
         hash::key_identity(&id);
     }
     if let Some(update) = change.update {
-        drop(Delta::parse(update));
+        drop(Diff::parse(update));
     }
 }
 
@@ -106,25 +106,24 @@ pub(crate) fn reply(bytes: &[u8]) {
     }
 }
 
-/// An update description, and the document it is applied to behind it.
-pub(crate) fn delta(bytes: &[u8]) {
+/// A diff, and the document it is applied to behind it.
+pub(crate) fn diff(bytes: &[u8]) {
     let Some(length) = bytes.first_chunk::<4>().map(|b| i32::from_le_bytes(*b)) else { return };
-    let Some((description, document)) = usize::try_from(length).ok().and_then(|at| bytes.split_at_checked(at)) else {
+    let Some((diff, document)) = usize::try_from(length).ok().and_then(|at| bytes.split_at_checked(at)) else {
         return;
     };
-    let (Ok(description), Ok(document)) = (RawDocument::from_bytes(description), RawDocument::from_bytes(document))
-    else {
+    let (Ok(diff), Ok(document)) = (RawDocument::from_bytes(diff), RawDocument::from_bytes(document)) else {
         return;
     };
-    let Ok(delta) = Delta::parse(description) else { return };
-    if delta.is_plain() {
-        let update = match delta.plain_update() {
+    let Ok(diff) = Diff::parse(diff) else { return };
+    if diff.is_plain() {
+        let update = match diff.plain_update() {
             PlainUpdate::Operators(update) => update,
             PlainUpdate::Pipeline(stages) => stages,
         };
         RawDocument::from_bytes(update.as_bytes()).expect("an update is a document");
     }
-    if let Ok(after) = delta.apply(document) {
+    if let Ok(after) = diff.apply(document) {
         RawDocument::from_bytes(after.as_bytes()).expect("what an update leaves is a document");
     }
 }

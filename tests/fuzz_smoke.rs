@@ -39,12 +39,13 @@ fn token(index: &str) -> Document {
 
 fn events() -> Vec<Document> {
     let ns = doc! {"db": "shop", "coll": "items"};
-    let update = doc! {"updatedFields": {"n": 1, "a.b": "x", "list.2": 5_i64}, "removedFields": ["gone", "c.d"],
-    "truncatedArrays": [{"field": "list", "newSize": 3}]};
+    let list = doc! {"a": true, "l": 3, "u2": 5_i64};
+    let diff = doc! {"d": {"gone": false}, "u": {"n": 1}, "i": {"a.b": "x"}, "sc": {"d": {"d": false}}, "slist": list};
+    let update = doc! {"$v": 2, "diff": diff};
     let key = doc! {"_id": {"a": 1, "b": [1.5, null]}};
     vec![
         doc! {"_id": token("29"), "operationType": "insert", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": 1}, "fullDocument": {"_id": 1, "x": "y"}},
-        doc! {"_id": token("29"), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "updateDescription": update, "txnNumber": 1_i64},
+        doc! {"_id": token("29"), "operationType": "update", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": key, "rawUpdateDescription": update, "txnNumber": 1_i64},
         doc! {"_id": token("2B02"), "operationType": "delete", "collectionUUID": uuid(), "ns": ns.clone(), "documentKey": {"_id": "k"}},
         doc! {"_id": token("2B04"), "operationType": "rename", "collectionUUID": uuid(), "ns": ns.clone(), "to": ns, "operationDescription": {"dropTarget": uuid()}},
     ]
@@ -144,15 +145,15 @@ fn samples(entry: &str) -> Vec<Vec<u8>> {
             ]
         }
         "reply" => vec![reply(events()), reply(Vec::new())],
-        "delta" => {
+        "diff" => {
             let document =
                 doc! {"_id": 1, "n": 0, "a": {"b": 1}, "list": [1, 2, 3, 4], "gone": 1, "c": {"d": 2}, "a.b": 3};
-            let description = |event: &Document| event.get_document("updateDescription").cloned();
-            let plain = doc! {"updatedFields": {"z": 1, "b": 2, "7": 3}, "removedFields": ["n"], "truncatedArrays": [{"field": "list", "newSize": 1}]};
-            let spelt = doc! {"updatedFields": {"a.b": 9}, "removedFields": [], "truncatedArrays": [], "disambiguatedPaths": {"a.b": ["a", "b"]}};
-            let descriptions =
-                events().iter().filter_map(|e| description(e).ok()).chain([plain, spelt]).collect::<Vec<_>>();
-            descriptions.into_iter().map(|d| [bytes_of(d), bytes_of(document.clone())].concat()).collect()
+            let diff =
+                |event: &Document| event.get_document("rawUpdateDescription").ok()?.get_document("diff").ok().cloned();
+            let plain = doc! {"d": {"n": false}, "u": {"gone": 3}, "i": {"z": 1, "b": 2, "7": 3}};
+            let nested = doc! {"sa": {"u": {"b": 9}}, "slist": {"a": true, "l": 9, "u6": {}}};
+            let diffs = events().iter().filter_map(diff).chain([plain, nested]).collect::<Vec<_>>();
+            diffs.into_iter().map(|d| [bytes_of(d), bytes_of(document.clone())].concat()).collect()
         }
         "config" => vec![CONFIG.into()],
         "frame" => frames(),

@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use bson::raw::{RawDocument, RawDocumentBuf};
-use bson::{Bson, Document, doc};
+use bson::{Document, doc};
 use futures::StreamExt as _;
 use mongodb::options::Collation;
 
 use super::catalog::Entry;
+use super::diff::Diff;
 use super::lanes::Item;
 use super::mongo::MongoTarget;
 use super::target::TargetError;
@@ -72,17 +73,11 @@ impl MongoTarget {
 fn values_of(item: &Item, told: &Document) -> Option<Document> {
     let event = RawDocument::from_bytes(&item.bytes).ok()?;
     let change = Change::parse(item.position, event).ok()?;
-    let updated = change.update.and_then(|update| update.get_document("updatedFields").ok());
-    let within = |document: &RawDocument, path: &str| -> Option<Bson> {
-        let (parents, last) = path.rsplit_once('.').map_or((None, path), |(parents, last)| (Some(parents), last));
-        let parent =
-            parents.into_iter().flat_map(|p| p.split('.')).try_fold(document, |d, p| d.get_document(p).ok())?;
-        Bson::try_from(parent.get(last).ok()??).ok()
-    };
+    let updated = change.update.and_then(|diff| Diff::parse(diff).ok());
     let value = |path: &str| match change.full_document {
-        Some(document) => within(document, path),
-        None => Bson::try_from(updated?.get(path).ok()??).ok(),
+        Some(document) => raw::get_path(document, path),
+        None => updated.as_ref()?.value(path),
     };
-    let values: Document = told.keys().filter_map(|path| Some((path.clone(), value(path)?))).collect();
+    let values: Document = told.keys().filter_map(|path| Some((path.clone(), value(path)?.to_bson()?))).collect();
     (!values.is_empty()).then_some(values)
 }

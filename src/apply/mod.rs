@@ -6,13 +6,13 @@
 //!                              └────────┴── session drives all of it, engine the sessions
 //! ```
 //!
-//! [`lanes`], [`plan`], [`delta`], [`route`], [`suspects`] and [`store`] are pure; [`engine`] is the task, one `session` after
+//! [`lanes`], [`plan`], [`diff`], [`route`], [`suspects`] and [`store`] are pure; [`engine`] is the task, one `session` after
 //! another, [`heal`] applies a job of one; [`mongo`] and `ddl` talk to MongoDB behind the trait in [`target`], which
 //! simulations implement in memory.
 
 pub mod catalog;
 mod ddl;
-pub mod delta;
+pub mod diff;
 pub mod engine;
 pub mod heal;
 mod holders;

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::delta::{Delta, DeltaError};
+use super::diff::Diff;
 use super::lanes::{Item, LaneState, LaneStep};
 use super::plan::{self, Patch, Step};
 use super::reply::{WriteError, first_write_error, hint_of, plan_error};
@@ -340,12 +340,9 @@ impl MongoTarget {
             let diverged =
                 |cause| CommitError::Diverged(Divergence::Document { collection, identity: change.identity, cause });
             let before = documents.get(&change.identity).ok_or_else(|| diverged(Cause::Missing))?;
-            let delta = Delta::parse(&change.update)
+            let diff = Diff::parse(&change.update)
                 .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
-            let after = delta.apply(before).map_err(|error| match error {
-                DeltaError::Ambiguous(_) => diverged(Cause::Path),
-                _ => diverged(Cause::Shape),
-            })?;
+            let after = diff.apply(before).map_err(|_| diverged(Cause::Shape))?;
             written.push((change.key.clone(), after));
         }
         for part in split_by_bytes(&written) {

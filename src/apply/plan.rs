@@ -9,7 +9,7 @@ use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::delta::{Delta, DeltaError, PlainUpdate};
+use super::diff::{Diff, DiffError, PlainUpdate};
 use super::lanes::{Floor, Item};
 use crate::model::change::ParseError;
 use crate::model::raw::{self, Element, Writer};
@@ -49,18 +49,18 @@ pub enum Kind {
 pub enum Step {
     /// Run a command; `expected` statements must match, unless any number may.
     Run { db: String, collection: CollectionUuid, body: RawDocumentBuf, expected: Option<usize> },
-    /// Read these documents, apply the deltas, write them back.
+    /// Read these documents, apply the diffs, write them back.
     Patch { entry: Entry, collection: CollectionUuid, changes: Vec<Patch> },
 }
 
-/// A delta that needs its document.
+/// A diff that needs its document.
 #[derive(Clone, Debug)]
 pub struct Patch {
     /// `{_id: ...}`.
     pub key: RawDocumentBuf,
     /// Canonical identity.
     pub identity: u128,
-    /// The update description.
+    /// The diff.
     pub update: RawDocumentBuf,
 }
 
@@ -70,9 +70,9 @@ pub enum PlanError {
     /// A stored change cannot be read.
     #[error(transparent)]
     Change(#[from] ParseError),
-    /// An update description cannot be read.
+    /// An update's diff cannot be read.
     #[error("change at {position}: {source}")]
-    Delta { position: crate::model::Position, source: DeltaError },
+    Diff { position: crate::model::Position, source: DiffError },
     /// A change of a collection the catalog does not have.
     #[error("change at {position}: collection {collection} is not in the catalog")]
     Unknown { position: crate::model::Position, collection: CollectionUuid },
@@ -181,8 +181,8 @@ impl<'a> Grouper<'a> {
             Op::Replace => self.group(item.key, Kind::Update).replace(key, change.full_document.expect("checked")),
             Op::Update => {
                 let update = change.update.expect("checked when parsed");
-                let delta = |source| PlanError::Delta { position: item.position, source };
-                let parsed = Delta::parse(update).map_err(delta)?;
+                let diff = |source| PlanError::Diff { position: item.position, source };
+                let parsed = Diff::parse(update).map_err(diff)?;
                 if parsed.is_empty() {
                     // A plain update without operators would be a replacement by an empty document.
                 } else if parsed.is_plain() {
@@ -441,7 +441,7 @@ mod tests {
     }
 
     fn set(time: u64, id: i32) -> Item {
-        item(time, "update", id, doc! {"updateDescription": {"updatedFields": {"v": time as i64}}})
+        item(time, "update", id, doc! {"rawUpdateDescription": {"$v": 2, "diff": {"u": {"v": time as i64}}}})
     }
 
     fn delete(time: u64, id: i32) -> Item {
@@ -503,9 +503,9 @@ mod tests {
     }
 
     #[test]
-    fn dotted_paths_are_patched_and_dollar_documents_use_a_pipeline() {
-        let dotted = item(1, "update", 1, doc! {"updateDescription": {"updatedFields": {"a.b": 1}}});
-        assert_eq!(commands(&[dotted], false), named(&[("patch", 1)]));
+    fn nested_fields_are_patched_and_dollar_documents_use_a_pipeline() {
+        let nested = item(1, "update", 1, doc! {"rawUpdateDescription": {"$v": 2, "diff": {"sa": {"u": {"b": 1}}}}});
+        assert_eq!(commands(&[nested], false), named(&[("patch", 1)]));
         let dollar = item(1, "replace", 1, doc! {"fullDocument": {"_id": 1, "$c": 1}});
         let steps = plan(&[dollar], &[], &entries(false), &Floors::new()).expect("plan");
         let Step::Run { body, .. } = &steps[0] else { panic!("a command") };
@@ -516,7 +516,7 @@ mod tests {
 
     #[test]
     fn an_update_that_changes_nothing_replaces_nothing() {
-        let empty = item(1, "update", 1, doc! {"updateDescription": {"updatedFields": {}, "removedFields": []}});
+        let empty = item(1, "update", 1, doc! {"rawUpdateDescription": {"$v": 2, "diff": {}}});
         assert_eq!(commands(&[empty], false), named(&[]));
     }
 

@@ -71,8 +71,6 @@ pub enum Cause {
     Unique,
     /// It is not of the shape that its update needs.
     Shape,
-    /// Its update does not say enough to be applied to it.
-    Path,
     /// Its change was captured without documents, for it was too large.
     Large,
     /// Others of its collection are ahead.
@@ -95,7 +93,6 @@ impl Cause {
             Self::Exists => "exists",
             Self::Unique => "unique",
             Self::Shape => "shape",
-            Self::Path => "path",
             Self::Large => "large",
             Self::Ahead => "ahead",
         }

@@ -88,6 +88,11 @@ pub enum ParseError {
     /// A field is missing or of another type.
     #[error("change at {position}: field '{field}' is missing or has an unexpected type")]
     Field { position: Position, field: &'static str },
+    /// An update is described in a way that this version does not know.
+    #[error(
+        "change at {position}: the update is not a diff of version 2; upgrade this agent before the source's MongoDB"
+    )]
+    Diff { position: Position },
 }
 
 /// A view of one change.
@@ -105,7 +110,7 @@ pub struct Change<'a> {
     pub document_key: Option<&'a RawDocument>,
     /// The document of an insert or replace.
     pub full_document: Option<&'a RawDocument>,
-    /// The delta of an update.
+    /// The diff of an update, as the oplog has it.
     pub update: Option<&'a RawDocument>,
     /// Details of a catalog change.
     pub description: Option<&'a RawDocument>,
@@ -155,7 +160,7 @@ impl<'a> Change<'a> {
                 }
                 "documentKey" => change.document_key = Some(element.document().ok_or(field("documentKey"))?),
                 "fullDocument" => change.full_document = element.document(),
-                "updateDescription" => change.update = element.document(),
+                "rawUpdateDescription" => change.update = Some(diff(&element).ok_or(ParseError::Diff { position })?),
                 "operationDescription" => change.description = element.document(),
                 "txnNumber" => change.in_transaction = true,
                 TRIMMED => change.trimmed = true,
@@ -178,7 +183,7 @@ impl<'a> Change<'a> {
         if !self.trimmed {
             match self.op {
                 Op::Insert | Op::Replace => need(self.full_document.is_some(), "fullDocument")?,
-                Op::Update => need(self.update.is_some(), "updateDescription")?,
+                Op::Update => need(self.update.is_some(), "rawUpdateDescription")?,
                 _ => {}
             }
         }
@@ -212,6 +217,13 @@ pub fn is_mark(event: &RawDocument) -> bool {
 /// The database whose changes are Farshore's own.
 const MARKS: &str = "farshore";
 
+/// The diff in a raw description of an update.
+fn diff<'a>(description: &Element<'a>) -> Option<&'a RawDocument> {
+    let description = description.document()?;
+    let version = raw::get(description, "$v").and_then(|version| version.integer());
+    raw::get(description, "diff").filter(|_| version == Some(2))?.document()
+}
+
 fn namespace<'a>(element: &Element<'a>) -> Option<Namespace<'a>> {
     let document = element.document()?;
     let coll = raw::get(document, "coll").and_then(|c| c.str());
@@ -243,8 +255,8 @@ mod tests {
     #[test]
     fn a_change_without_what_its_kind_needs_is_refused() {
         let raw = rawdoc! {"operationType": "update", "ns": {"db": "a", "coll": "b"}, "documentKey": {"_id": 1}, "collectionUUID": uuid()};
-        let error = Change::parse(Position::ZERO, &raw).expect_err("no delta");
-        assert!(error.to_string().contains("updateDescription"), "{error}");
+        let error = Change::parse(Position::ZERO, &raw).expect_err("no diff");
+        assert!(error.to_string().contains("rawUpdateDescription"), "{error}");
     }
 
     proptest::proptest! {

@@ -53,6 +53,13 @@ impl<'a> Element<'a> {
         (self.kind == STRING).then(|| std::str::from_utf8(bytes).ok()).flatten()
     }
 
+    /// The value, decoded.
+    pub fn to_bson(&self) -> Option<bson::Bson> {
+        let mut one = Writer::document();
+        one.copy(self);
+        bson::Bson::try_from(one.finish().get(self.key).ok()??).ok()
+    }
+
     /// The bytes of a binary value (of any subtype but the old one).
     pub fn binary(&self) -> Option<&'a [u8]> {
         (self.kind == BINARY).then(|| self.value.get(5..)).flatten()
@@ -121,6 +128,13 @@ pub fn elements(document: &RawDocument) -> impl Iterator<Item = Result<Element<'
 /// The first element named `key`.
 pub fn get<'a>(document: &'a RawDocument, key: &str) -> Option<Element<'a>> {
     elements(document).map_while(Result::ok).find(|element| element.key == key)
+}
+
+/// The element that a path of names with dots between them leads to, through objects only.
+pub fn get_path<'a>(document: &'a RawDocument, path: &str) -> Option<Element<'a>> {
+    let (name, rest) = path.split_once('.').map_or((path, None), |(name, rest)| (name, Some(rest)));
+    let element = get(document, name)?;
+    rest.map_or(Some(element), |rest| get_path(element.document().filter(|_| !element.is_array())?, rest))
 }
 
 /// The first element named `key`, with the bytes before it (behind the length) and after it (with the terminator).

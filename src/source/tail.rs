@@ -99,7 +99,7 @@ impl MongoTail {
 
 /// Only what no link will ever carry is filtered here; `admin`, `config` and `local` have no events at all.
 fn pipeline(at: &StartAt, reading: Reading) -> Vec<Document> {
-    let mut options = doc! {"allChangesForCluster": true, "showExpandedEvents": true};
+    let mut options = doc! {"allChangesForCluster": true, "showExpandedEvents": true, "showRawUpdateDescription": true};
     match at {
         StartAt::After(token) => {
             let token = Document::try_from(bson::RawDocument::from_bytes(token).expect("tokens are stored whole"));
@@ -112,7 +112,7 @@ fn pipeline(at: &StartAt, reading: Reading) -> Vec<Document> {
     let ours = doc! {"$or": [{"ns.db": {"$ne": "farshore"}}, {"ns.coll": "marks"}]};
     let mut stages = vec![doc! {"$changeStream": options}, doc! {"$match": ours}];
     if reading == Reading::Trimmed {
-        stages.push(doc! {"$project": {"fullDocument": 0, "updateDescription": 0}});
+        stages.push(doc! {"$project": {"fullDocument": 0, "rawUpdateDescription": 0}});
         stages.push(doc! {"$addFields": {TRIMMED: true}});
     }
     stages

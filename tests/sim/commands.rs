@@ -124,13 +124,6 @@ fn apply_operator(document: &mut Document, operator: &str, fields: &Document) ->
                 document.remove(name);
             }
         }
-        "$push" => {
-            for (name, push) in fields {
-                let push = push.as_document().ok_or("$push")?;
-                let keep = push.get_i64("$slice").map_err(|e| e.to_string())? as usize;
-                document.get_array_mut(name).map_err(|e| e.to_string())?.truncate(keep);
-            }
-        }
         other => return Err(format!("unknown operator {other}")),
     }
     Ok(())
@@ -145,10 +138,12 @@ fn apply_stage(document: &mut Document, stage: &Document) -> Result<(), String> 
                     document.remove(name.as_str().ok_or("a name")?);
                 }
             }
-            ("$set", Bson::Document(fields)) => {
-                for (name, value) in fields {
-                    document.insert(name.clone(), literal(value)?);
-                }
+            ("$replaceWith", Bson::Document(merge)) if merge.contains_key("$mergeObjects") => {
+                let [root, fields] = &merge.get_array("$mergeObjects").map_err(|e| e.to_string())?[..] else {
+                    return Err(format!("unknown merge {merge}"));
+                };
+                assert_eq!(root.as_str(), Some("$$ROOT"));
+                document.extend(literal(fields)?.as_document().cloned().ok_or("not a document")?);
             }
             ("$replaceWith", value) => *document = literal(value)?.as_document().cloned().ok_or("not a document")?,
             (other, _) => return Err(format!("unknown stage {other}")),

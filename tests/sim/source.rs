@@ -194,9 +194,12 @@ impl SourceDb {
                 ("replace", document.get("_id").cloned(), Some(document.clone()), doc! {"fullDocument": document})
             }
             Write::Delete(id) => ("delete", Some(id), None, doc! {}),
-            Write::Update(document, description) => {
-                ("update", document.get("_id").cloned(), Some(document), doc! {"updateDescription": description})
-            }
+            Write::Update(document, diff) => (
+                "update",
+                document.get("_id").cloned(),
+                Some(document),
+                doc! {"rawUpdateDescription": {"$v": 2, "diff": diff}},
+            ),
         };
         let key = key.expect("every document has an _id");
         let identity = identity(&key);
@@ -289,7 +292,7 @@ impl SourceDb {
         let uuid = CollectionUuid([0xFF; 16]);
         let event = doc! {"operationType": "update", "collectionUUID": binary(uuid),
         "ns": {"db": "farshore", "coll": "marks"}, "documentKey": {"_id": "north"},
-        "updateDescription": {"updatedFields": {"n": self.marks}, "removedFields": [], "truncatedArrays": []}};
+        "rawUpdateDescription": {"$v": 2, "diff": {"u": {"n": self.marks}}}};
         self.emit(position, Some(uuid), false, event, false);
     }
 
@@ -370,7 +373,7 @@ impl SourceDb {
 fn trim(event: &RawDocumentBuf) -> RawDocumentBuf {
     let mut trimmed = Document::try_from(event).expect("our own");
     trimmed.remove("fullDocument");
-    trimmed.remove("updateDescription");
+    trimmed.remove("rawUpdateDescription");
     trimmed.insert(TRIMMED, true);
     RawDocumentBuf::try_from(&trimmed).expect("encodes")
 }

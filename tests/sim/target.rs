@@ -10,7 +10,7 @@ use bson::raw::{RawDocument, RawDocumentBuf};
 use bson::{Bson, Document};
 use bytes::Bytes;
 use farshore::apply::catalog::{Entries, Presence};
-use farshore::apply::delta::Delta;
+use farshore::apply::diff::Diff;
 use farshore::apply::lanes::LaneState;
 use farshore::apply::plan::{self, Patch, Step};
 use farshore::apply::target::{Cause, CommitError, Divergence, StreamRecord, TargetError, Transaction};
@@ -269,12 +269,12 @@ impl TargetDb {
         }
         for patch in changes {
             let diverged =
-                Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Path };
+                Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Shape };
             let before = self.collections.get(&here).and_then(|c| c.documents.get(&patch.identity)).cloned();
             let Some(before) = before else { return Err(Ok(CommitError::Diverged(diverged))) };
             let before = RawDocument::from_bytes(&before).expect("stored documents are valid");
-            let delta = Delta::parse(&patch.update).map_err(|e| Err(e.to_string()))?;
-            let Ok(after) = delta.apply(before) else { return Err(Ok(CommitError::Diverged(diverged))) };
+            let diff = Diff::parse(&patch.update).map_err(|e| Err(e.to_string()))?;
+            let Ok(after) = diff.apply(before) else { return Err(Ok(CommitError::Diverged(diverged))) };
             self.put(here, source_uuid, patch.identity, Some(after.into_bytes().into()), undo)?;
         }
         Ok(())

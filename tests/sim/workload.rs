@@ -11,7 +11,7 @@ use crate::source::{SourceDb, Write, identity};
 
 const NAMES: [&str; 6] = ["items", "ratings", "users", "big", "tmp", "log"];
 const DATABASES: [&str; 2] = ["shop", "side"];
-const FIELDS: [&str; 6] = ["n", "zeta", "alpha", "m", "10", "9"];
+const FIELDS: [&str; 6] = ["n", "zeta", "alpha", "m", "10", "sub.a"];
 
 fn id(rng: &mut StdRng, ids: i32) -> Bson {
     let n = rng.random_range(0..ids);
@@ -31,54 +31,69 @@ fn document(rng: &mut StdRng, id: &Bson) -> Document {
     document
 }
 
-/// Changes the document as a server would and describes it as a change event does.
+/// Changes the document as a server would, and describes it as its oplog does.
 fn update(rng: &mut StdRng, before: &Document) -> (Document, Document) {
     let mut after = before.clone();
-    let (mut set, mut removed, mut truncated) = (doc! {}, Vec::new(), Vec::new());
+    let (mut removed, mut updated, mut inserted) = (doc! {}, doc! {}, doc! {});
+    let mut set = |after: &mut Document, field: &str, value: Bson, moves: bool| {
+        if moves {
+            after.remove(field);
+        }
+        let list = if after.contains_key(field) { &mut updated } else { &mut inserted };
+        list.insert(field, value.clone());
+        after.insert(field, value);
+    };
     let mut fields = FIELDS.to_vec();
     fields.shuffle(rng);
     for field in fields.iter().take(rng.random_range(0..4)) {
-        let value = rng.random_range(0..1000);
-        after.insert(*field, value);
-        set.insert(*field, value);
+        let (value, moves) = (rng.random_range(0..1000), rng.random_bool(0.1));
+        set(&mut after, field, value.into(), moves);
     }
     if rng.random_bool(0.3) {
-        let value = rng.random_range(0..600_i64);
-        after.insert("u", value);
-        set.insert("u", value);
+        set(&mut after, "u", rng.random_range(0..600_i64).into(), false);
+    }
+    let tags = after.get_array("tags").expect("always there").clone();
+    let mut nested = doc! {};
+    if tags.len() > 1 && rng.random_bool(0.3) {
+        let size = rng.random_range(1..tags.len());
+        let mut diff = doc! {"a": true, "l": size as i32};
+        let tags = after.get_array_mut("tags").expect("always there");
+        tags.truncate(size);
+        if rng.random_bool(0.5) {
+            tags[0] = Bson::Int32(77);
+            diff.insert("u0", 77);
+        }
+        nested.insert("stags", diff);
+    } else if rng.random_bool(0.1) {
+        set(&mut after, "tags", vec![Bson::Int32(5); rng.random_range(1..5)].into(), false);
     }
     if rng.random_bool(0.3) {
         let name = *["a", "b", "c"].choose(rng).expect("some");
         let value = rng.random_range(0..100);
-        after.get_document_mut("sub").expect("always there").insert(name, value);
-        set.insert(format!("sub.{name}"), value);
+        let sub = after.get_document_mut("sub").expect("always there");
+        let section = if sub.contains_key(name) { "u" } else { "i" };
+        sub.insert(name, value);
+        nested.insert("ssub", doc! {section: {name: value}});
     }
     if let Some(field) = fields.last()
-        && !set.contains_key(field)
-        && after.remove(field).is_some()
+        && before.contains_key(field)
+        && !updated.contains_key(field)
+        && !inserted.contains_key(field)
     {
-        removed.push((*field).to_owned());
+        after.remove(field);
+        removed.insert(*field, false);
     }
-    let tags = after.get_array_mut("tags").expect("always there");
-    if tags.len() > 1 && rng.random_bool(0.3) {
-        let size = rng.random_range(1..tags.len());
-        tags.truncate(size);
-        truncated.push(doc! {"field": "tags", "newSize": size as i32});
-        if rng.random_bool(0.5) {
-            tags[0] = Bson::Int32(77);
-            set.insert("tags.0", 77);
-        }
-    } else if rng.random_bool(0.1) {
-        let whole = vec![Bson::Int32(5); rng.random_range(1..5)];
-        after.insert("tags", whole.clone());
-        set.insert("tags", whole);
-    }
-    if set.is_empty() && removed.is_empty() && truncated.is_empty() {
+    if [&removed, &updated, &inserted, &nested].into_iter().all(Document::is_empty) {
         let value = rng.random_range(0..1000);
+        let list = if after.contains_key("n") { &mut updated } else { &mut inserted };
+        list.insert("n", value);
         after.insert("n", value);
-        set.insert("n", value);
     }
-    (after, doc! {"updatedFields": set, "removedFields": removed, "truncatedArrays": truncated})
+    let sections =
+        [("d", removed), ("u", updated), ("i", inserted)].into_iter().filter(|(_, fields)| !fields.is_empty());
+    let mut diff: Document = sections.map(|(section, fields)| (section.to_owned(), Bson::from(fields))).collect();
+    diff.extend(nested);
+    (after, diff)
 }
 
 /// A write of one collection that its unique index allows, given writes of the same transaction that come before.
@@ -109,8 +124,8 @@ fn write(
         Some(_) if rng.random_bool(0.25) => Some(Write::Delete(id)),
         Some(_) if rng.random_bool(0.2) => Some(document(rng, &id)).filter(free).map(Write::Replace),
         Some(before) => {
-            let (after, description) = update(rng, before);
-            free(&after).then_some(Write::Update(after, description))
+            let (after, diff) = update(rng, before);
+            free(&after).then_some(Write::Update(after, diff))
         }
     }
 }

@@ -8,7 +8,7 @@ pub enum Class {
     Ddl,
     /// Documents of 100 KB to 15.9 MB.
     Large,
-    /// Not replicated by the spine: capped, time series, `$out`, `$merge`, bare reorders of fields.
+    /// Not replicated by the spine: capped, time series, `$out`, `$merge`.
     Beyond,
 }
 
@@ -69,6 +69,7 @@ kinds! {
         PipelineShrink = "pipeline shrink and set" * 6,
         PipelineNewFields = "pipeline new fields z, b, aa" * 5,
         PipelineReplace = "pipeline $replaceWith" * 3,
+        PipelineReorder = "pipeline reorder" * 3,
         SetDotted = "$setField of odd name" * 5,
         UnsetDotted = "$unsetField of odd name" * 3,
         SetBesideDotted = "$set a.b beside a literal a.b" * 3,
@@ -141,6 +142,5 @@ kinds! {
         TimeseriesInsert = "time series insert" * 6,
         Out = "$out" * 2,
         Merge = "$merge" * 2,
-        PipelineReorder = "pipeline reorder" * 2,
     }
 }

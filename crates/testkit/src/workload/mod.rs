@@ -48,7 +48,7 @@ pub struct Profile {
     pub large: u32,
     /// Bytes of large documents at most.
     pub large_budget: u64,
-    /// Capped and time-series collections, `$out`, `$merge`, bare reorders of fields.
+    /// Capped and time-series collections, `$out`, `$merge`.
     pub beyond_spine: bool,
     /// Concurrent writers. With more than one the order of operations is not reproducible.
     pub writers: usize,

@@ -97,13 +97,6 @@ impl Generator {
                 let document = doc! { "_id": serial, "t": date, "m": serial % 5, "x": serial };
                 (doc! { "insert": series, "documents": [document] }, &[])
             }
-            Kind::PipelineReorder => {
-                let (ns, slot) = self.standard()?;
-                let reversed = doc! { "$arrayToObject": { "$reverseArray": { "$objectToArray": "$nest" } } };
-                let pipeline = vec![doc! { "$set": { "nest": reversed } }];
-                let filter = doc! { "_id": slot.id, "nest": { "$type": "object" } };
-                return Some(Self::update(kind, &ns, filter, pipeline));
-            }
             _ => return self.aggregate_into(kind),
         };
         Some(Op::ddl(kind, vec![Step::new(&database, command)], expect))

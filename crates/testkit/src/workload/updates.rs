@@ -162,6 +162,18 @@ impl Generator {
                 ] });
                 (doc! {}, bson!([{ "$replaceWith": merged }]))
             }
+            Kind::PipelineReorder if n % 2 == 0 => {
+                let reversed = bson!({ "$arrayToObject": { "$reverseArray": { "$objectToArray": "$nest" } } });
+                (doc! { "nest": { "$type": "object" } }, bson!([{ "$set": { "nest": reversed } }]))
+            }
+            Kind::PipelineReorder => {
+                let field = ["s", "v", "nest", "arr"][self.rng.random_range(0..4)];
+                let last = bson!({ "$mergeObjects": ["$$ROOT", { field: format!("$old.{field}") }] });
+                let stages = bson!([
+                    { "$set": { "old": "$$ROOT" } }, { "$unset": field }, { "$replaceWith": last }, { "$unset": "old" },
+                ]);
+                (doc! { field: { "$exists": true } }, stages)
+            }
             _ => return None,
         })
     }

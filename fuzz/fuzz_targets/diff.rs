@@ -1,8 +1,8 @@
-//! Fuzzes `delta` of the decoders in `entries.rs`.
+//! Fuzzes `diff` of the decoders in `entries.rs`.
 #![no_main]
 
 #[path = "../entries.rs"]
 #[allow(dead_code, reason = "shared by all targets, each uses one entry")]
 mod entries;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| entries::delta(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| entries::diff(bytes));
