@@ -7,10 +7,11 @@ use std::path::Path;
 
 use bson::{Document, RawDocument, RawDocumentBuf};
 use bytes::Bytes;
-use farshore::apply::diff::{Diff, PlainUpdate};
+use farshore::apply::diff::Diff;
 use farshore::apply::store;
 use farshore::config::Config;
 use farshore::link::wire::{Greeting, Rejection};
+use farshore::model::raw::Writer;
 use farshore::model::{Batch, Change, Epoch, Incarnation, Position, SiteName, StreamHash, hash};
 use farshore::outbox::decode_stored_value;
 use farshore::source::chunk::{Chunker, Reply};
@@ -117,11 +118,11 @@ pub(crate) fn diff(bytes: &[u8]) {
     };
     let Ok(diff) = Diff::parse(diff) else { return };
     if diff.is_plain() {
-        let update = match diff.plain_update() {
-            PlainUpdate::Operators(update) => update,
-            PlainUpdate::Pipeline(stages) => stages,
-        };
-        RawDocument::from_bytes(update.as_bytes()).expect("an update is a document");
+        for update in diff.plain_updates() {
+            let mut out = Writer::document();
+            update.write(&mut out);
+            RawDocument::from_bytes(out.finish().as_bytes()).expect("an update is a document");
+        }
     }
     if let Ok(after) = diff.apply(document) {
         RawDocument::from_bytes(after.as_bytes()).expect("what an update leaves is a document");

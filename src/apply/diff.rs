@@ -59,6 +59,8 @@ struct ArrayDiff<'a> {
 
 /// More than the levels a stored document can have.
 const MAX_DEPTH: usize = 256;
+/// With more updates than this, reading the document is cheaper.
+const MAX_RUNS: usize = 4;
 /// The longest array that fits into a document; a longer one is not written to find that out.
 const MAX_ARRAY: usize = 4 << 20;
 
@@ -121,72 +123,21 @@ impl<'a> Diff<'a> {
     pub fn is_plain(&self) -> bool {
         let plain = |name: &str| !name.is_empty() && !name.starts_with('$') && !name.contains('.');
         self.edits.iter().all(|(name, edit)| !matches!(edit, Edit::Within(_)) && plain(name))
+            && self.runs().count() <= MAX_RUNS
     }
 
-    /// The update (`u` of an update statement) of a plain diff. Fields end up where they are at the source: operators set
-    /// them where they stand, and add them in an order of their own; a pipeline that removes and adds them keeps ours.
-    pub fn plain_update(&self) -> PlainUpdate {
+    /// The updates (`u` of update statements, one after the other) of a plain diff. Fields end up where they are at the
+    /// source: the first update sets them where they stand and removes those that are to be appended (one may move), the
+    /// others append them in the order in which the server does it by itself.
+    pub fn plain_updates(&self) -> impl Iterator<Item = PlainUpdate<'_, 'a>> {
         debug_assert!(self.is_plain());
-        if self.inserts.is_empty() {
-            PlainUpdate::Operators(self.operators())
-        } else {
-            PlainUpdate::Pipeline(self.pipeline())
-        }
+        std::iter::once(PlainUpdate::InPlace(self)).chain(self.runs().map(PlainUpdate::Append))
     }
 
-    fn removed(&self) -> impl Iterator<Item = &'a str> {
-        self.edits.iter().filter_map(|(name, edit)| matches!(edit, Edit::Remove).then_some(*name))
-    }
-
-    fn set(&self) -> impl Iterator<Item = &Element<'a>> {
-        self.edits.iter().filter_map(|(_, edit)| if let Edit::Set(value) = edit { Some(value) } else { None })
-    }
-
-    fn operators(&self) -> RawDocumentBuf {
-        let mut update = Writer::document();
-        if self.removed().next().is_some() {
-            update.begin_document("$unset");
-            for name in self.removed() {
-                update.value(name, 1_i32);
-            }
-            update.end();
-        }
-        if self.set().next().is_some() {
-            update.begin_document("$set");
-            for value in self.set() {
-                update.copy(value);
-            }
-            update.end();
-        }
-        update.finish()
-    }
-
-    /// The stages as the fields of an array.
-    fn pipeline(&self) -> RawDocumentBuf {
-        let mut stages = Writer::document();
-        stages.begin_item(0);
-        stages.begin_array("$unset");
-        for (index, name) in self.removed().chain(self.inserts.iter().map(|new| new.key)).enumerate() {
-            stages.value(&index.to_string(), name);
-        }
-        stages.end();
-        stages.end();
-        // A stage `$set` would put a field that `$unset` removed back to its old place.
-        stages.begin_item(1);
-        stages.begin_document("$replaceWith");
-        stages.begin_array("$mergeObjects");
-        stages.value("0", "$$ROOT");
-        stages.begin_item(1);
-        stages.begin_document("$literal");
-        for value in self.set().chain(&self.inserts) {
-            stages.copy(value);
-        }
-        stages.end();
-        stages.end();
-        stages.end();
-        stages.end();
-        stages.end();
-        stages.finish()
+    /// The inserts, cut where one `$set` would append them in another order: it goes by name, numbers apart.
+    fn runs(&self) -> impl Iterator<Item = &[Element<'a>]> {
+        let numeric = |new: &Element<'_>| new.key.bytes().all(|byte| byte.is_ascii_digit());
+        self.inserts.chunk_by(move |a, b| a.key < b.key && !numeric(a) && !numeric(b))
     }
 
     /// Applies the diff to a document, as the source's storage engine did.
@@ -214,13 +165,48 @@ impl<'a> Diff<'a> {
     }
 }
 
-/// How a plain diff is sent.
-#[derive(Clone, Debug)]
-pub enum PlainUpdate {
-    /// One update with operators.
-    Operators(RawDocumentBuf),
-    /// An aggregation pipeline, given as the array's bytes.
-    Pipeline(RawDocumentBuf),
+/// One update of a plain diff.
+#[derive(Clone, Copy, Debug)]
+pub enum PlainUpdate<'d, 'a> {
+    /// Removes fields, and sets them where they stand.
+    InPlace(&'d Diff<'a>),
+    /// Appends fields.
+    Append(&'d [Element<'a>]),
+}
+
+impl PlainUpdate<'_, '_> {
+    /// Writes the operators of the update.
+    pub fn write(self, out: &mut Writer) {
+        match self {
+            Self::InPlace(diff) => {
+                let removed = |edit: &Edit<'_>| matches!(edit, Edit::Remove | Edit::Moved);
+                let set = |edit: &Edit<'_>| matches!(edit, Edit::Set(_));
+                if diff.edits.iter().any(|(_, edit)| removed(edit)) {
+                    out.begin_document("$unset");
+                    for (name, _) in diff.edits.iter().filter(|(_, edit)| removed(edit)) {
+                        out.value(name, 1_i32);
+                    }
+                    out.end();
+                }
+                if diff.edits.iter().any(|(_, edit)| set(edit)) {
+                    out.begin_document("$set");
+                    for (_, edit) in &diff.edits {
+                        if let Edit::Set(value) = edit {
+                            out.copy(value);
+                        }
+                    }
+                    out.end();
+                }
+            }
+            Self::Append(fields) => {
+                out.begin_document("$set");
+                for field in fields {
+                    out.copy(field);
+                }
+                out.end();
+            }
+        }
+    }
 }
 
 fn unknown(section: &str) -> DiffError {
@@ -433,23 +419,29 @@ mod tests {
         assert_eq!(Diff::parse(&encoded(deep)).map(|_| ()), Err(DiffError::Shape("nested too deep")));
     }
 
+    fn updates(diff: bson::Document) -> Option<Vec<bson::Document>> {
+        let diff = encoded(diff);
+        let diff = Diff::parse(&diff).expect("parse");
+        let update = |update: PlainUpdate<'_, '_>| {
+            let mut out = Writer::document();
+            update.write(&mut out);
+            bson::Document::try_from(&*out.finish()).expect("valid")
+        };
+        diff.is_plain().then(|| diff.plain_updates().map(update).collect())
+    }
+
     #[test]
-    fn a_plain_diff_becomes_operators_or_a_pipeline_that_keeps_the_order() {
-        let diff = encoded(doc! {"d": {"q": false}, "u": {"z": 1, "b": 2}});
-        let diff = Diff::parse(&diff).expect("parse");
-        let PlainUpdate::Operators(update) = diff.plain_update() else { panic!("operators") };
-        let update = bson::Document::try_from(&*update).expect("valid");
-        assert_eq!(update, doc! {"$unset": {"q": 1}, "$set": {"b": 2, "z": 1}});
-        let diff = encoded(doc! {"d": {"q": false}, "i": {"z": 1, "b": 2}});
-        let diff = Diff::parse(&diff).expect("parse");
-        let PlainUpdate::Pipeline(stages) = diff.plain_update() else { panic!("a pipeline") };
-        let stages = bson::Document::try_from(&*stages).expect("valid");
-        let merged = bson::bson!({"$mergeObjects": ["$$ROOT", {"$literal": {"z": 1, "b": 2}}]});
-        let expected = doc! {"0": {"$unset": ["q", "z", "b"]}, "1": {"$replaceWith": merged}};
-        assert_eq!(stages, expected);
+    fn a_plain_diff_becomes_updates_that_keep_the_order_of_fields() {
+        let in_place = updates(doc! {"d": {"q": false}, "u": {"z": 1, "b": 2}});
+        assert_eq!(in_place, Some(vec![doc! {"$unset": {"q": 1}, "$set": {"b": 2, "z": 1}}]));
+        let appending = updates(doc! {"u": {"m": 1}, "i": {"b": 1, "z": 2, "aa": 3, "10": 4, "9": 5}});
+        let first = doc! {"$unset": {"10": 1, "9": 1, "aa": 1, "b": 1, "z": 1}, "$set": {"m": 1}};
+        let runs = [doc! {"b": 1, "z": 2}, doc! {"aa": 3}, doc! {"10": 4}, doc! {"9": 5}];
+        let appended = runs.map(|fields| doc! {"$set": fields});
+        assert_eq!(appending, Some([vec![first], appended.to_vec()].concat()));
+        assert_eq!(updates(doc! {"i": {"e": 1, "d": 1, "c": 1, "b": 1, "a": 1}}), None);
         for name in ["a.b", "$a", ""] {
-            let diff = encoded(doc! {"u": {name: 1}});
-            assert!(!Diff::parse(&diff).expect("parse").is_plain());
+            assert_eq!(updates(doc! {"u": {name: 1}}), None);
         }
     }
 

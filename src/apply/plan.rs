@@ -9,7 +9,7 @@ use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::diff::{Diff, DiffError, PlainUpdate};
+use super::diff::{Diff, DiffError};
 use super::lanes::{Floor, Item};
 use crate::model::change::ParseError;
 use crate::model::raw::{self, Element, Writer};
@@ -186,7 +186,7 @@ impl<'a> Grouper<'a> {
                 if parsed.is_empty() {
                     // A plain update without operators would be a replacement by an empty document.
                 } else if parsed.is_plain() {
-                    self.group(item.key, Kind::Update).update(key, &parsed.plain_update());
+                    self.group(item.key, Kind::Update).update(key, &parsed);
                 } else {
                     let patch = Patch { key: key.to_owned(), identity: item.key, update: update.to_owned() };
                     self.group(item.key, Kind::Patch).patches.push(patch);
@@ -319,21 +319,14 @@ impl Group {
         self.end_statement();
     }
 
-    fn update(&mut self, key: &RawDocument, update: &PlainUpdate) {
-        match update {
-            PlainUpdate::Operators(update) => self.operators(key, update),
-            PlainUpdate::Pipeline(stages) => {
-                self.begin_statement(key);
-                self.writer.embed_array("u", stages);
-                self.end_statement();
-            }
+    fn update(&mut self, key: &RawDocument, diff: &Diff<'_>) {
+        for update in diff.plain_updates() {
+            self.begin_statement(key);
+            self.writer.begin_document("u");
+            update.write(&mut self.writer);
+            self.writer.end();
+            self.end_statement();
         }
-    }
-
-    fn operators(&mut self, key: &RawDocument, update: &RawDocument) {
-        self.begin_statement(key);
-        self.writer.embed("u", update);
-        self.end_statement();
     }
 
     fn begin_statement(&mut self, key: &RawDocument) {

@@ -1,7 +1,8 @@
 //! The main job: everything that is written at one site is at the other, byte for byte.
 
 use anyhow::{Result, ensure};
-use bson::{Document, Timestamp, doc};
+use bson::raw::cstr;
+use bson::{Document, RawDocumentBuf, Timestamp, doc, rawdoc};
 use farshore_testkit::compare::Options;
 use farshore_testkit::pair::{PairOptions, Side};
 use farshore_testkit::workload::{Profile, Until, Workload};
@@ -55,6 +56,13 @@ async fn odd_names_and_moved_fields_are_what_they_are() -> Result<()> {
     documents.update_one(one(6), vec![doc! {"$set": {"a": {"$literal": {"0": 2, "b": 1}}}}]).await?;
     documents.update_one(one(7), doc! {"$set": {"pad": "p".repeat(10_000)}}).await?;
     documents.update_one(one(7), moved.to_vec()).await?;
+    // A document that holds a name twice keeps both, whatever is added to it.
+    let mut twice = rawdoc! {"_id": 8, "twice": 1, "n": 1};
+    twice.append(cstr!("twice"), 2);
+    documents.clone_with_type::<RawDocumentBuf>().insert_one(twice).await?;
+    documents.update_one(one(8), doc! {"$set": {"n": 2}}).await?;
+    documents.update_one(one(8), doc! {"$set": {"new": {"z": 1}}}).await?;
+    documents.update_one(one(8), doc! {"$set": {"new.a": 2}}).await?;
     let comparison = equal(&mut pair, &Options::default()).await?;
     println!("{comparison}");
     ensure!(stream(&pair).await?.diverged == 0, "no document had to be fetched");

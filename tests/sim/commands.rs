@@ -133,18 +133,6 @@ fn apply_stage(document: &mut Document, stage: &Document) -> Result<(), String> 
     let literal = |value: &Bson| value.as_document().and_then(|d| d.get("$literal").cloned()).ok_or("no $literal");
     for (name, value) in stage {
         match (name.as_str(), value) {
-            ("$unset", Bson::Array(names)) => {
-                for name in names {
-                    document.remove(name.as_str().ok_or("a name")?);
-                }
-            }
-            ("$replaceWith", Bson::Document(merge)) if merge.contains_key("$mergeObjects") => {
-                let [root, fields] = &merge.get_array("$mergeObjects").map_err(|e| e.to_string())?[..] else {
-                    return Err(format!("unknown merge {merge}"));
-                };
-                assert_eq!(root.as_str(), Some("$$ROOT"));
-                document.extend(literal(fields)?.as_document().cloned().ok_or("not a document")?);
-            }
             ("$replaceWith", value) => *document = literal(value)?.as_document().cloned().ok_or("not a document")?,
             (other, _) => return Err(format!("unknown stage {other}")),
         }
