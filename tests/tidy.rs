@@ -22,6 +22,7 @@ const BORDERS: &[(&str, &[&str])] = &[
             "src/apply/mongo.rs",
             "src/apply/ddl.rs",
             "src/apply/holders.rs",
+            "src/apply/patch.rs",
             "src/apply/store.rs",
         ],
     ),

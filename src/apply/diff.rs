@@ -59,6 +59,8 @@ struct ArrayDiff<'a> {
 
 /// More than the levels a stored document can have.
 const MAX_DEPTH: usize = 256;
+/// With more fields than this, each of which the server looks for, reading the document is cheaper.
+const MAX_PLAIN: usize = 64;
 /// With more updates than this, reading the document is cheaper.
 const MAX_RUNS: usize = 4;
 /// The longest array that fits into a document; a longer one is not written to find that out.
@@ -118,26 +120,35 @@ impl<'a> Diff<'a> {
         self.edits.is_empty()
     }
 
-    /// Whether it only sets and removes top-level fields of ordinary names, so that no document has to be looked at. Such
-    /// an update does the same whatever the fields hold.
+    /// Whether it adds fields, or moves them.
+    pub fn appends(&self) -> bool {
+        !self.inserts.is_empty()
+    }
+
+    /// Whether it only sets and removes a few top-level fields of ordinary names, so that no document has to be looked at.
+    /// Such an update does the same whatever the fields hold. A pipeline may take `_id` out or move it, and the server puts
+    /// it back; operators may not.
     pub fn is_plain(&self) -> bool {
-        let plain = |name: &str| !name.is_empty() && !name.starts_with('$') && !name.contains('.');
-        self.edits.iter().all(|(name, edit)| !matches!(edit, Edit::Within(_)) && plain(name))
+        let plain = |name: &str| !matches!(name, "" | "_id") && !name.starts_with('$') && !name.contains('.');
+        self.edits.len() <= MAX_PLAIN
+            && self.edits.iter().all(|(name, edit)| !matches!(edit, Edit::Within(_)) && plain(name))
             && self.runs().count() <= MAX_RUNS
     }
 
     /// The updates (`u` of update statements, one after the other) of a plain diff. Fields end up where they are at the
     /// source: the first update sets them where they stand and removes those that are to be appended (one may move), the
-    /// others append them in the order in which the server does it by itself.
+    /// others append them in the order in which the server does it by itself. In between a unique index could see what the
+    /// source never had.
     pub fn plain_updates(&self) -> impl Iterator<Item = PlainUpdate<'_, 'a>> {
         debug_assert!(self.is_plain());
         std::iter::once(PlainUpdate::InPlace(self)).chain(self.runs().map(PlainUpdate::Append))
     }
 
-    /// The inserts, cut where one `$set` would append them in another order: it goes by name, numbers apart.
+    /// The inserts, cut where one `$set` may append them in another order: it goes by the bytes of the names, but by length
+    /// where both begin with a digit (the server's `cmpPathsAndArrayIndexes`).
     fn runs(&self) -> impl Iterator<Item = &[Element<'a>]> {
-        let numeric = |new: &Element<'_>| new.key.bytes().all(|byte| byte.is_ascii_digit());
-        self.inserts.chunk_by(move |a, b| a.key < b.key && !numeric(a) && !numeric(b))
+        let digit = |new: &Element<'_>| new.key.starts_with(|first: char| first.is_ascii_digit());
+        self.inserts.chunk_by(move |a, b| a.key < b.key && !digit(a) && !digit(b))
     }
 
     /// Applies the diff to a document, as the source's storage engine did.
@@ -147,7 +158,11 @@ impl<'a> Diff<'a> {
     pub fn apply(&self, document: &RawDocument) -> Result<RawDocumentBuf, DiffError> {
         let mut out = Writer::with_capacity(document.as_bytes().len() + 256);
         patch_object(document, self, &mut out)?;
-        Ok(out.finish())
+        let after = out.finish();
+        match self.edits.binary_search_by_key(&"_id", |(name, _)| name) {
+            Ok(_) => with_id_first(document, &after),
+            Err(_) => Ok(after),
+        }
     }
 
     /// The new value of a field, given as a path of names with dots between them, as far as the diff says.
@@ -277,23 +292,38 @@ fn patch(element: &Element<'_>, nested: &Nested<'_>, out: &mut Writer) -> Result
     Ok(())
 }
 
+/// What the server makes of a document whose `_id` was taken out or moved.
+fn with_id_first(before: &RawDocument, after: &RawDocument) -> Result<RawDocumentBuf, DiffError> {
+    let mut out = Writer::with_capacity(after.as_bytes().len() + 16);
+    if let Some(id) = raw::get(after, "_id").or_else(|| raw::get(before, "_id")) {
+        out.copy(&id);
+    }
+    for element in elements(after) {
+        let element = element?;
+        if element.key != "_id" {
+            out.copy(&element);
+        }
+    }
+    Ok(out.finish())
+}
+
 fn patch_object(object: &RawDocument, diff: &Diff<'_>, out: &mut Writer) -> Result<(), DiffError> {
-    let mut found = 0;
+    let mut done = vec![false; diff.edits.len()];
     for element in elements(object) {
         let element = element?;
-        let edit = diff.edits.binary_search_by_key(&element.key, |(name, _)| name).ok().map(|at| &diff.edits[at].1);
-        found += usize::from(edit.is_some_and(|edit| !matches!(edit, Edit::Moved)));
-        match edit {
+        let edit = diff.edits.binary_search_by_key(&element.key, |(name, _)| name).ok();
+        // Of fields that have the same name operators change the first.
+        let edit = edit.filter(|at| !std::mem::replace(&mut done[*at], true));
+        match edit.map(|at| &diff.edits[at].1) {
             None => out.copy(&element),
             Some(Edit::Remove | Edit::Moved) => {}
             Some(Edit::Set(value)) => out.copy(value),
             Some(Edit::Within(nested)) => patch(&element, nested, out)?,
         }
     }
-    if found < diff.edits.len() - diff.inserts.len() {
-        let there = |name: &str| raw::get(object, name).is_some();
-        let lost = diff.edits.iter().find(|(name, edit)| !matches!(edit, Edit::Moved) && !there(name));
-        return Err(DiffError::Missing(lost.map_or("?", |(name, _)| name).to_owned()));
+    let missing = |((_, edit), done): &(&(&str, Edit<'_>), bool)| !done && !matches!(edit, Edit::Moved);
+    if let Some(((name, _), _)) = diff.edits.iter().zip(done).find(missing) {
+        return Err(DiffError::Missing((*name).to_owned()));
     }
     for new in &diff.inserts {
         out.copy(new);
@@ -388,6 +418,27 @@ mod tests {
     }
 
     #[test]
+    fn the_id_stays_first_whatever_a_pipeline_did_to_it() {
+        for diff in [doc! {"d": {"_id": false}}, doc! {"i": {"_id": 1}}, doc! {"u": {"_id": 1_i64}}] {
+            let after = applied(doc! {"_id": 1, "a": 2}, diff).expect("applies");
+            assert_eq!((order(&after).join(" "), after.get_i32("a").ok()), ("_id a".to_owned(), Some(2)));
+        }
+    }
+
+    #[test]
+    fn of_fields_of_one_name_the_first_is_changed() {
+        let mut before = encoded(doc! {"t": 1, "n": {}});
+        before.append(bson::raw::cstr!("t"), 2);
+        let diff = encoded(doc! {"u": {"t": 5}, "sn": {"i": {"a": 1}}});
+        let after = Diff::parse(&diff).expect("parse").apply(&before).expect("applies");
+        let mut expected = encoded(doc! {"t": 5, "n": {"a": 1}});
+        expected.append(bson::raw::cstr!("t"), 2);
+        assert_eq!(after.as_bytes(), expected.as_bytes());
+        let gone = encoded(doc! {"u": {"t": 5}, "d": {"b": false}});
+        assert_eq!(Diff::parse(&gone).expect("parse").apply(&before), Err(DiffError::Missing("b".into())));
+    }
+
+    #[test]
     fn a_document_that_is_not_the_sources_is_found_out() {
         let within = doc! {"sa": {"u": {"b": 1}}};
         for before in [doc! {"a": 5}, doc! {"a": [1]}, doc! {"a": {}}, doc! {}] {
@@ -434,13 +485,13 @@ mod tests {
     fn a_plain_diff_becomes_updates_that_keep_the_order_of_fields() {
         let in_place = updates(doc! {"d": {"q": false}, "u": {"z": 1, "b": 2}});
         assert_eq!(in_place, Some(vec![doc! {"$unset": {"q": 1}, "$set": {"b": 2, "z": 1}}]));
-        let appending = updates(doc! {"u": {"m": 1}, "i": {"b": 1, "z": 2, "aa": 3, "10": 4, "9": 5}});
-        let first = doc! {"$unset": {"10": 1, "9": 1, "aa": 1, "b": 1, "z": 1}, "$set": {"m": 1}};
-        let runs = [doc! {"b": 1, "z": 2}, doc! {"aa": 3}, doc! {"10": 4}, doc! {"9": 5}];
+        let appending = updates(doc! {"u": {"m": 1}, "i": {"b": 1, "z": 2, "aa": 3, "24h": 4, "7d": 5}});
+        let first = doc! {"$unset": {"24h": 1, "7d": 1, "aa": 1, "b": 1, "z": 1}, "$set": {"m": 1}};
+        let runs = [doc! {"b": 1, "z": 2}, doc! {"aa": 3}, doc! {"24h": 4}, doc! {"7d": 5}];
         let appended = runs.map(|fields| doc! {"$set": fields});
         assert_eq!(appending, Some([vec![first], appended.to_vec()].concat()));
         assert_eq!(updates(doc! {"i": {"e": 1, "d": 1, "c": 1, "b": 1, "a": 1}}), None);
-        for name in ["a.b", "$a", ""] {
+        for name in ["a.b", "$a", "", "_id"] {
             assert_eq!(updates(doc! {"u": {name: 1}}), None);
         }
     }

@@ -18,6 +18,7 @@ pub mod heal;
 mod holders;
 pub mod lanes;
 pub mod mongo;
+mod patch;
 pub mod plan;
 pub mod reconcile;
 mod reply;

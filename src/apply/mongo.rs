@@ -4,7 +4,7 @@
 //! believes they have. So a stale agent commits nothing, and neither does an agent whose earlier commits were rolled back
 //! with a failed primary.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -17,9 +17,8 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::diff::Diff;
 use super::lanes::{Item, LaneState, LaneStep};
-use super::plan::{self, Patch, Step};
+use super::plan::{self, Step};
 use super::reply::{WriteError, first_write_error, hint_of, plan_error};
 use super::store;
 use super::suspects::{self, key_of};
@@ -308,7 +307,7 @@ impl MongoTarget {
         Ok(mongo::run(&self.client, db, command, Some(session), doing).await.map_err(|f| self.counted(f))?)
     }
 
-    async fn run_step(
+    pub(super) async fn run_step(
         &self,
         session: &mut ClientSession,
         db: &str,
@@ -325,55 +324,6 @@ impl MongoTarget {
             Some(expected) if matched != expected => Err(CommitError::Diverged(Divergence::Somewhere)),
             _ => Ok(()),
         }
-    }
-
-    async fn run_patch(
-        &self,
-        session: &mut ClientSession,
-        entry: &Entry,
-        collection: CollectionUuid,
-        changes: &[Patch],
-    ) -> Result<(), CommitError> {
-        let documents = self.read_documents(session, entry, changes).await?;
-        let mut written = Vec::with_capacity(changes.len());
-        for change in changes {
-            let diverged =
-                |cause| CommitError::Diverged(Divergence::Document { collection, identity: change.identity, cause });
-            let before = documents.get(&change.identity).ok_or_else(|| diverged(Cause::Missing))?;
-            let diff = Diff::parse(&change.update)
-                .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
-            let after = diff.apply(before).map_err(|_| diverged(Cause::Shape))?;
-            written.push((change.key.clone(), after));
-        }
-        for part in split_by_bytes(&written) {
-            let (body, expected) = plan::write_back(entry, part);
-            self.run_step(session, &entry.db, collection, body, Some(expected)).await?;
-        }
-        Ok(())
-    }
-
-    /// The documents of these changes as the transaction sees them, by canonical identity.
-    async fn read_documents(
-        &self,
-        session: &mut ClientSession,
-        entry: &Entry,
-        changes: &[Patch],
-    ) -> Result<HashMap<u128, RawDocumentBuf>, TargetError> {
-        let command = find_command(entry, changes.iter().map(|change| &*change.key), false);
-        let database = self.client.database(&entry.db);
-        let cursor = database.run_raw_cursor_command(command).session(&mut *session).batch().await;
-        let mut cursor = cursor.map_err(Failure::of("read documents to patch"))?;
-        let mut found = HashMap::new();
-        let mut stream = cursor.stream(session);
-        while let Some(batch) = stream.next().await.transpose().map_err(Failure::of("read documents to patch"))? {
-            let documents = batch.doc_slices().map_err(Failure::of("read documents to patch"))?;
-            for document in documents.into_iter().filter_map(|d| d.ok()?.as_document()) {
-                if let Some(id) = raw::get(document, "_id") {
-                    found.insert(hash::key_identity(&id), document.to_owned());
-                }
-            }
-        }
-        Ok(found)
     }
 
     /// Which of these keys exist, outside of any transaction.
@@ -402,7 +352,11 @@ fn write_position(writer: &mut Writer, key: &str, position: Position) {
     writer.end();
 }
 
-fn find_command<'a>(entry: &Entry, keys: impl Iterator<Item = &'a RawDocument>, ids_only: bool) -> RawDocumentBuf {
+pub(super) fn find_command<'a>(
+    entry: &Entry,
+    keys: impl Iterator<Item = &'a RawDocument>,
+    ids_only: bool,
+) -> RawDocumentBuf {
     let mut command = Writer::document();
     command.value("find", entry.coll.as_str());
     if let Presence::Present(target) = entry.presence {
@@ -428,23 +382,6 @@ fn find_command<'a>(entry: &Entry, keys: impl Iterator<Item = &'a RawDocument>, 
 }
 
 /// Commands of patched documents stay below the server's message limit.
-fn split_by_bytes(documents: &[(RawDocumentBuf, RawDocumentBuf)]) -> Vec<&[(RawDocumentBuf, RawDocumentBuf)]> {
-    const LIMIT: usize = 8 << 20;
-    let (mut parts, mut start, mut bytes) = (Vec::new(), 0, 0);
-    for (index, (_, document)) in documents.iter().enumerate() {
-        let size = document.as_bytes().len();
-        if index > start && bytes + size > LIMIT {
-            parts.push(&documents[start..index]);
-            (start, bytes) = (index, 0);
-        }
-        bytes += size;
-    }
-    if start < documents.len() {
-        parts.push(&documents[start..]);
-    }
-    parts
-}
-
 impl Target for MongoTarget {
     async fn record(&self) -> Result<Option<StreamRecord>, TargetError> {
         let stored = self.stored_stream().await?;

@@ -185,7 +185,7 @@ impl<'a> Grouper<'a> {
                 let parsed = Diff::parse(update).map_err(diff)?;
                 if parsed.is_empty() {
                     // A plain update without operators would be a replacement by an empty document.
-                } else if parsed.is_plain() {
+                } else if parsed.is_plain() && !(self.entry.one_lane && parsed.appends()) {
                     self.group(item.key, Kind::Update).update(key, &parsed);
                 } else {
                     let patch = Patch { key: key.to_owned(), identity: item.key, update: update.to_owned() };
@@ -199,7 +199,7 @@ impl<'a> Grouper<'a> {
 
     /// The group a change of this document may join without passing an earlier one.
     fn group(&mut self, key: u128, kind: Kind) -> &mut Group {
-        let repeatable = kind == Kind::Update;
+        let repeatable = matches!(kind, Kind::Update | Kind::Patch);
         let generation = if self.entry.one_lane {
             // Source order: a new generation whenever the kind changes, or a document is patched twice.
             let same = self.growing.contains_key(&(self.generation, kind));

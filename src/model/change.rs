@@ -220,8 +220,16 @@ const MARKS: &str = "farshore";
 /// The diff in a raw description of an update.
 fn diff<'a>(description: &Element<'a>) -> Option<&'a RawDocument> {
     let description = description.document()?;
-    let version = raw::get(description, "$v").and_then(|version| version.integer());
-    raw::get(description, "diff").filter(|_| version == Some(2))?.document()
+    let (mut version, mut diff) = (None, None);
+    for field in raw::elements(description) {
+        let field = field.ok()?;
+        match field.key {
+            "$v" => version = field.integer(),
+            "diff" => diff = field.document(),
+            _ => return None,
+        }
+    }
+    diff.filter(|_| version == Some(2))
 }
 
 fn namespace<'a>(element: &Element<'a>) -> Option<Namespace<'a>> {

@@ -56,6 +56,26 @@ async fn odd_names_and_moved_fields_are_what_they_are() -> Result<()> {
     documents.update_one(one(6), vec![doc! {"$set": {"a": {"$literal": {"0": 2, "b": 1}}}}]).await?;
     documents.update_one(one(7), doc! {"$set": {"pad": "p".repeat(10_000)}}).await?;
     documents.update_one(one(7), moved.to_vec()).await?;
+    // Names that begin with a digit are set in an order of their own.
+    documents.update_one(one(0), vec![doc! {"$set": {"24h": 1}}, doc! {"$set": {"7d": 2}}]).await?;
+    documents.update_one(one(1), vec![doc! {"$set": {"7d": 2}}, doc! {"$set": {"24h": 1}}]).await?;
+    // A pipeline may drop, move or retype `_id`, as far as the server is concerned.
+    for id in 10..13 {
+        documents.insert_one(doc! {"_id": id, "a": 1, "b": 2, "pad": "p".repeat(500)}).await?;
+    }
+    documents.update_one(one(10), vec![doc! {"$project": {"_id": 0, "a": 0}}]).await?;
+    let last = doc! {"b": "$b", "pad": "$pad", "a": "$a", "_id": "$_id"};
+    documents.update_one(one(11), vec![doc! {"$replaceWith": last}]).await?;
+    documents.update_one(one(12), vec![doc! {"$set": {"_id": {"$toLong": "$_id"}}}]).await?;
+    for id in 10..13 {
+        documents.update_one(one(id), doc! {"$set": {"pad": id, "later": {"x": 1}}}).await?;
+    }
+    // An update that adds a field of a unique index is never half done.
+    let unique = doc! {"key": {"a": 1, "b": 1}, "name": "u", "unique": true};
+    source.database("shop").run_command(doc! {"createIndexes": "pairs", "indexes": [unique]}).await?;
+    let pairs = source.database("shop").collection::<Document>("pairs");
+    pairs.insert_many([doc! {"_id": 1, "a": 2}, doc! {"_id": 2, "a": 1}]).await?;
+    pairs.update_one(one(2), doc! {"$set": {"a": 2, "b": 5}}).await?;
     // A document that holds a name twice keeps both, whatever is added to it.
     let mut twice = rawdoc! {"_id": 8, "twice": 1, "n": 1};
     twice.append(cstr!("twice"), 2);

@@ -109,12 +109,22 @@ pub(crate) fn update(before: &Bytes, change: &Change) -> Result<Bytes, String> {
     Ok(encode(&document))
 }
 
+/// The order of the server's `cmpPathsAndArrayIndexes`, for names without dots.
+fn in_set_order(a: &str, b: &str) -> std::cmp::Ordering {
+    let number =
+        |name: &str| name.starts_with(|c: char| c.is_ascii_digit()) && (name.len() == 1 || !name.starts_with('0'));
+    match number(a) && number(b) {
+        true => a.len().cmp(&b.len()).then_with(|| a.cmp(b)),
+        false => a.cmp(b),
+    }
+}
+
 fn apply_operator(document: &mut Document, operator: &str, fields: &Document) -> Result<(), String> {
     match operator {
         "$set" => {
-            // The server appends new fields in the order of their names.
+            // The server appends new fields in an order of its own.
             let mut names: Vec<&String> = fields.keys().collect();
-            names.sort();
+            names.sort_by(|a, b| in_set_order(a, b));
             for name in names {
                 document.insert(name.clone(), fields[name].clone());
             }

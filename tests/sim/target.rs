@@ -263,10 +263,6 @@ impl TargetDb {
         changes: &[Patch],
         undo: &mut Vec<Undo>,
     ) -> Result<(), Result<CommitError, String>> {
-        let keys: BTreeSet<u128> = changes.iter().map(|patch| patch.identity).collect();
-        if keys.len() != changes.len() {
-            return Err(Err("a document is patched twice from one reading".into()));
-        }
         for patch in changes {
             let diverged =
                 Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Shape };

@@ -11,7 +11,7 @@ use crate::source::{SourceDb, Write, identity};
 
 const NAMES: [&str; 6] = ["items", "ratings", "users", "big", "tmp", "log"];
 const DATABASES: [&str; 2] = ["shop", "side"];
-const FIELDS: [&str; 6] = ["n", "zeta", "alpha", "m", "10", "sub.a"];
+const FIELDS: [&str; 8] = ["n", "zeta", "alpha", "m", "10", "sub.a", "24h", "7d"];
 
 fn id(rng: &mut StdRng, ids: i32) -> Bson {
     let n = rng.random_range(0..ids);
