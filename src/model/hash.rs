@@ -37,7 +37,7 @@ impl std::fmt::Debug for StreamHash {
 pub fn lane_of(uuid: CollectionUuid, id: &Element<'_>) -> LaneId {
     let mut hasher = Xxh3::new();
     hasher.update(&uuid.0);
-    canonical(&mut hasher, id);
+    canonical(&mut hasher, id, Numbers::Nearest);
     LaneId::of(hasher.digest())
 }
 
@@ -49,28 +49,86 @@ pub fn lane_of_collection(uuid: CollectionUuid) -> LaneId {
 /// A 128-bit canonical identity of a document key within a collection, used to order changes of one document.
 pub fn key_identity(id: &Element<'_>) -> u128 {
     let mut hasher = Xxh3::new();
-    canonical(&mut hasher, id);
+    canonical(&mut hasher, id, Numbers::Exact);
     hasher.digest128()
 }
 
-fn canonical(hasher: &mut Xxh3, element: &Element<'_>) {
+/// How numbers are told apart. Those that compare equal have equal doubles.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Numbers {
+    /// By the nearest double: distinct ones may share it, which only puts them into one lane.
+    Nearest,
+    /// By their values.
+    Exact,
+}
+
+fn canonical(hasher: &mut Xxh3, element: &Element<'_>, numbers: Numbers) {
     if let Some(value) = element.number() {
-        // Numbers that compare equal have equal doubles, so their double stands for them; distinct numbers may share
-        // one, which only puts them into one lane.
         let value = if value == 0.0 { 0.0 } else { value };
         let bits = if value.is_nan() { f64::NAN.to_bits() } else { value.to_bits() };
         hasher.update(b"n");
         hasher.update(&bits.to_le_bytes());
+        if numbers == Numbers::Exact {
+            beyond_double(hasher, element, value);
+        }
     } else if let Some(document) = element.document() {
         hasher.update(if element.is_array() { b"a" } else { b"o" });
         for inner in raw::elements(document).map_while(Result::ok) {
             sized(hasher, b'k', inner.key.as_bytes());
-            canonical(hasher, &inner);
+            canonical(hasher, &inner, numbers);
         }
         hasher.update(b".");
     } else {
         let (tag, bytes) = element.canonical_bytes();
         sized(hasher, tag, bytes);
+    }
+}
+
+/// What a number is beyond its nearest double: nothing when that is its value.
+fn beyond_double(hasher: &mut Xxh3, element: &Element<'_>, double: f64) {
+    let integer = |hasher: &mut Xxh3, value: i64| {
+        if double as i128 != i128::from(value) {
+            hasher.update(b"i");
+            hasher.update(&value.to_le_bytes());
+        }
+    };
+    if let Some(value) = element.int() {
+        integer(hasher, value);
+    } else if let Some(text) = element.decimal().map(|decimal| decimal.to_string())
+        && !text.contains(['N', 'I'])
+    {
+        let digits = plain(&text);
+        match digits.parse::<i64>() {
+            Ok(value) => integer(hasher, value),
+            // A double has at most 1,074 digits behind the point.
+            Err(_) if digits != plain(&format!("{double:.1074}")) => sized(hasher, b'd', digits.as_bytes()),
+            Err(_) => {}
+        }
+    }
+}
+
+/// A number as digits with a point but no exponent, and no zeros that mean nothing.
+fn plain(text: &str) -> String {
+    let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
+    let exponent: i64 = exponent.parse().unwrap_or(0);
+    let (sign, mantissa) = mantissa.strip_prefix('-').map_or(("", mantissa), |rest| ("-", rest));
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = [whole, fraction].concat();
+    let stripped = digits.trim_start_matches('0');
+    let significant = stripped.trim_end_matches('0');
+    // The value is 0.SIGNIFICANT times ten to the power of this.
+    let point = whole.len() as i64 + exponent - (digits.len() - stripped.len()) as i64;
+    let zeros = |count: i64| "0".repeat(usize::try_from(count).unwrap_or(0));
+    let length = significant.len() as i64;
+    if significant.is_empty() {
+        "0".to_owned()
+    } else if point <= 0 {
+        format!("{sign}0.{}{significant}", zeros(-point))
+    } else if point >= length {
+        format!("{sign}{significant}{}", zeros(point - length))
+    } else {
+        let (before, behind) = significant.split_at(point as usize);
+        format!("{sign}{before}.{behind}")
     }
 }
 
@@ -101,6 +159,51 @@ mod tests {
         assert_eq!(nested(Bson::Int32(3)), nested(Bson::Double(3.0)));
         assert_eq!(lane(Bson::Double(-0.0)), lane(Bson::Int32(0)));
         assert_eq!(lane(Bson::String("x".into())), lane(Bson::Symbol("x".into())));
+    }
+
+    fn identity(value: Bson) -> u128 {
+        let document = bson::RawDocumentBuf::try_from(&bson::doc! {"_id": value}).expect("encode");
+        key_identity(&raw::get(&document, "_id").expect("present"))
+    }
+
+    fn decimal(text: &str) -> Bson {
+        Bson::Decimal128(text.parse().expect("decimal"))
+    }
+
+    #[test]
+    fn distinct_numbers_are_distinct_documents_however_large() {
+        let large = 1_i64 << 60;
+        let mut seen = std::collections::BTreeSet::new();
+        for id in (large - 300..large + 300).chain([i64::MAX, i64::MAX - 1, i64::MIN, i64::MIN + 1, -large - 1]) {
+            assert!(seen.insert(identity(Bson::Int64(id))), "{id}");
+            assert_eq!(identity(Bson::Int64(id)), identity(decimal(&id.to_string())), "{id}");
+        }
+        assert!(seen.insert(identity(Bson::Document(bson::doc! {"a": large + 1}))));
+        assert!(seen.insert(identity(Bson::Document(bson::doc! {"a": large + 2}))));
+        for text in
+            ["0.1", "0.10000000000000000001", "1E+40", "1.0000000000000000000001E+40", "1E-6000", "1E+6000", "Infinity"]
+        {
+            assert!(seen.insert(identity(decimal(text))), "{text}");
+        }
+        assert!(seen.insert(identity(Bson::Double(0.1))), "not what the decimal 0.1 is");
+    }
+
+    #[test]
+    fn equal_numbers_are_one_document_whatever_their_types() {
+        let large = 1_i64 << 60;
+        for (a, b) in [
+            (Bson::Int64(large), Bson::Double(large as f64)),
+            (Bson::Int32(5), decimal("5.000")),
+            (Bson::Int32(500), decimal("5E+2")),
+            (Bson::Double(0.5), decimal("0.50")),
+            (Bson::Double(-1.25), decimal("-125E-2")),
+            (Bson::Double(1e22), decimal("1E+22")),
+            (Bson::Double(-0.0), decimal("-0E+3")),
+            (Bson::Double(f64::NAN), decimal("NaN")),
+            (Bson::Double(f64::INFINITY), decimal("Infinity")),
+        ] {
+            assert_eq!(identity(a.clone()), identity(b.clone()), "{a} {b}");
+        }
     }
 
     #[test]

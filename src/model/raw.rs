@@ -78,17 +78,23 @@ impl<'a> Element<'a> {
         }
     }
 
+    /// The exact value of an integer type.
+    pub fn int(&self) -> Option<i64> {
+        matches!(self.kind, INT32 | INT64).then(|| self.integer()).flatten()
+    }
+
+    /// The value of a decimal.
+    pub fn decimal(&self) -> Option<bson::Decimal128> {
+        (self.kind == DECIMAL).then_some(bson::Decimal128::from_bytes(self.value.try_into().ok()?))
+    }
+
     /// The value of any number, as the nearest double.
     pub fn number(&self) -> Option<f64> {
         match self.kind {
             DOUBLE => Some(f64::from_le_bytes(self.value.try_into().ok()?)),
             INT32 => Some(f64::from(i32::from_le_bytes(self.value.try_into().ok()?))),
             INT64 => Some(i64::from_le_bytes(self.value.try_into().ok()?) as f64),
-            DECIMAL => {
-                let decimal = bson::Decimal128::from_bytes(self.value.try_into().ok()?);
-                Some(decimal.to_string().parse().unwrap_or(f64::NAN))
-            }
-            _ => None,
+            _ => Some(self.decimal()?.to_string().parse().unwrap_or(f64::NAN)),
         }
     }
 

@@ -76,6 +76,14 @@ async fn odd_names_and_moved_fields_are_what_they_are() -> Result<()> {
     let pairs = source.database("shop").collection::<Document>("pairs");
     pairs.insert_many([doc! {"_id": 1, "a": 2}, doc! {"_id": 2, "a": 1}]).await?;
     pairs.update_one(one(2), doc! {"$set": {"a": 2, "b": 5}}).await?;
+    // Ids that share their nearest double.
+    let large = 1_i64 << 60;
+    let snowflakes = source.database("shop").collection::<Document>("snowflakes");
+    snowflakes.insert_many((large..large + 200).map(|id| doc! {"_id": id, "n": {"v": id}})).await?;
+    for id in large..large + 200 {
+        snowflakes.update_one(doc! {"_id": id}, doc! {"$set": {"n.w": id - large}}).await?;
+    }
+    snowflakes.delete_many(doc! {"n.w": {"$mod": [3, 0]}}).await?;
     // A document that holds a name twice keeps both, whatever is added to it.
     let mut twice = rawdoc! {"_id": 8, "twice": 1, "n": 1};
     twice.append(cstr!("twice"), 2);
