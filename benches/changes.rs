@@ -86,7 +86,7 @@ fn reply(events: &[RawDocumentBuf]) -> Reply {
 }
 
 fn chunker() -> Chunker {
-    Chunker::new(Incarnation([1; 16]), Epoch(1), Position::ZERO, StreamHash::default(), true)
+    Chunker::new(Incarnation([1; 16]), Epoch(1), Position::ZERO, StreamHash::default())
 }
 
 fn batch(events: &[RawDocumentBuf]) -> Batch {

@@ -40,7 +40,7 @@ use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgr
 use crate::model::{Epoch, Position, SiteName, StreamId};
 use crate::mongo;
 use crate::outbox::{EncryptionKey, LogId, Logs, Quota, RocksOptions, RocksStore, Store};
-use crate::source::capture::{Capture, CaptureStatus, History, Phase};
+use crate::source::capture::{Capture, CaptureStatus, History};
 use crate::source::fetch::Fetcher;
 use crate::source::heartbeat::{Head, Heartbeat};
 use crate::source::origin;
@@ -50,8 +50,6 @@ use console::{AgentConsole, MongoView};
 
 /// Until groups are stored in MongoDB there is one epoch.
 pub const EPOCH: Epoch = Epoch(1);
-/// Wire version of MongoDB 6.1, from which the TTL monitor may delete several documents at one cluster time.
-const WIRE_6_1: i32 = 18;
 /// Oldest MongoDB with what the agent needs (6.0: expanded events, `collectionUUID`).
 const WIRE_6_0: i32 = 17;
 const WATCH_MONGO: Duration = Duration::from_secs(5);
@@ -429,6 +427,7 @@ impl Agent {
             biased;
             () = signals.next() => Stop::Requested,
             stop = self.supervisor.failed() => stop,
+            reason = self.logs.until_failed() => Stop::Ended { task: "logs", reason },
             () = self.credentials.renewed() => Stop::Renewed,
         };
         if matches!(stop, Stop::Renewed) {
@@ -527,17 +526,14 @@ impl SourceParts {
     async fn look(&self, flapping: &mut telemetry::Flapping) -> Option<(History, origin::Beginning)> {
         let (view, info) = look_at_mongo(&self.client, &self.config.mongodb, flapping).await;
         self.mongo.send_replace(view);
-        let info = info?;
+        info?;
         let found = async {
             let origin = origin::load_or_create(&self.client).await?;
             let beginning = origin::beginning(&self.client, origin.incarnation).await?;
             Ok::<_, mongo::Failure>((origin, beginning))
         };
         match found.await {
-            Ok((origin, beginning)) => {
-                let single_change_units = info.wire_version < WIRE_6_1;
-                Some((History { incarnation: origin.incarnation, epoch: EPOCH, single_change_units }, beginning))
-            }
+            Ok((origin, beginning)) => Some((History { incarnation: origin.incarnation, epoch: EPOCH }, beginning)),
             Err(failure) => {
                 flapping.warn(Instant::now(), "mongodb", &failure);
                 self.mongo.send_modify(|view| (view.reachable, view.error) = (false, failure.to_string()));
@@ -582,7 +578,7 @@ impl SourceParts {
                 captured,
                 captured_changes: now.flow.changes(),
                 captured_bytes: now.flow.bytes,
-                lost: matches!(now.phase, Phase::HistoryLost(_)),
+                lost: now.phase.lost().is_some(),
             };
             self.progress.send_if_modified(|old| {
                 let moved = *old != progress;

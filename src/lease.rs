@@ -63,9 +63,11 @@ pub struct Lease {
     heard: watch::Sender<Option<Applied>>,
 }
 
-/// Another agent took the lease from this one.
+/// The lease that this process held in a term is another's, or was meanwhile.
 #[derive(Debug, thiserror::Error)]
-#[error("another agent of this site holds the lease (term {0}); this process stops and starts again as its standby")]
+#[error(
+    "this agent lost the site's lease, which it held in term {0}; this process stops and starts again as a standby"
+)]
 pub struct Lost(pub Term);
 
 impl Lease {
@@ -140,8 +142,9 @@ impl Lease {
                 }
                 Ok(None) => {
                     flapping.recovered(std::time::Instant::now(), "the lease");
+                    // Also when it knew already that it could not renew it: what it was told as the leader is old.
                     let held = *self.state.borrow();
-                    if held.leader {
+                    if held.term != Term(0) {
                         return Err(Lost(held.term));
                     }
                 }
@@ -171,7 +174,7 @@ impl Lease {
         }
         // A term may not change under a running claim: start afresh.
         if before.term != Term(0) && before.term != term {
-            return Err(Lost(term));
+            return Err(Lost(before.term));
         }
         tracing::info!(%term, "this agent holds the site's lease");
         self.state.send_replace(Leadership { leader: true, term });

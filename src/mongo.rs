@@ -270,6 +270,32 @@ pub async fn server_info(client: &Client) -> Result<Result<ServerInfo, &'static 
     }))
 }
 
+/// Keeps users, and the server's own TTL deletes, from writing: what is not in the stream would be a difference. Nobody is
+/// blocked where there is no login, for then the agent would be, too.
+///
+/// # Errors
+/// Unreachable, not authorised, or another transaction is in the way for too long.
+pub async fn block_users(client: &Client) -> Result<(), Failure> {
+    const BLOCKED: i32 = 2;
+    let admin = client.database("admin");
+    let status = admin.run_command(doc! {"serverStatus": 1}).await;
+    let status = status.map_err(Failure::of("ask whether users may write"))?;
+    if status.get_document("repl").is_ok_and(|repl| repl.get_i32("userWriteBlockMode").ok() == Some(BLOCKED)) {
+        return Ok(());
+    }
+    let login = admin.run_command(doc! {"connectionStatus": 1}).await.map_err(Failure::of("ask who the agent is"))?;
+    let users = login.get_document("authInfo").and_then(|info| info.get_array("authenticatedUsers"));
+    if users.is_ok_and(|users| users.is_empty()) {
+        tracing::warn!("MongoDB has no logins here: its users and TTL indexes can write to the target");
+        return Ok(());
+    }
+    // Readers wait behind it while it waits for transactions.
+    let block = doc! {"setUserWriteBlockMode": 1, "global": true, "maxTimeMS": 500};
+    admin.run_command(block).await.map_err(Failure::of("keep users from writing"))?;
+    tracing::info!("users are kept from writing to the target (setUserWriteBlockMode)");
+    Ok(())
+}
+
 /// The oldest cluster time the primary's oplog holds.
 ///
 /// # Errors

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::link::{Hub, Leadership, LinkState, SourceProgress};
 use crate::model::{Position, SiteName, StreamId};
 use crate::outbox::{self, Level, Log, LogId, LogState, Logs};
-use crate::source::capture::{self, CaptureStatus, Phase as CapturePhase};
+use crate::source::capture::{CaptureStatus, Phase as CapturePhase};
 use crate::source::heartbeat::Head;
 
 /// What is known of the site's MongoDB.
@@ -101,7 +101,10 @@ impl AgentConsole {
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
             CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
-            CapturePhase::HistoryLost(reason) => ("failed", format!("{reason} ({})", capture::RESYNC)),
+            CapturePhase::HistoryLost(_) | CapturePhase::Rewound(_) => {
+                let (reason, hint) = capturing.phase.lost().expect("both are lost");
+                ("failed", format!("{reason} ({hint})"))
+            }
             CapturePhase::Full(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {

@@ -11,7 +11,7 @@ use crate::link::{FetchSource, Receiving, StartGate, StartRefusal};
 use crate::model::{ClusterTime, Incarnation, Position, SiteName, StreamHash};
 use crate::mongo::{self, Failure};
 use crate::outbox::Log;
-use crate::source::capture::{self, CaptureHandle};
+use crate::source::capture::CaptureHandle;
 use crate::source::fetch::Fetcher;
 use crate::source::origin::Beginning;
 use crate::source::serving::{self, Course};
@@ -87,7 +87,7 @@ impl Gate {
         };
         match serving::settled(&self.outbox, source.incarnation, &source.capture, at).await {
             Course::Serve => return Ok(()),
-            Course::Lost(reason) => return Err(refusal(reason, capture::RESYNC)),
+            Course::Lost { reason, hint } => return Err(refusal(reason, hint)),
             Course::Unsettled(doing) => {
                 let message =
                     format!("the target has more than this agent's outbox, and capture is not running: {doing}");
@@ -100,7 +100,18 @@ impl Gate {
         begun.map_err(|error| refusal(format!("the outbox cannot begin: {error}"), "see the log of that site"))
     }
 
+    /// Whether the oplog reaches back to there, and has come as far: a time alone does not tell that history was rewound.
     async fn check_oplog(&self, time: ClusterTime) -> Result<(), StartRefusal> {
+        let info = mongo::server_info(&self.client).await.map_err(|f| unreachable(&f))?;
+        let info = info.map_err(|reason| refusal(reason, "look at the source's MongoDB"))?;
+        // A position may lie one tick past what was seen.
+        if time.0.saturating_sub(1) > info.majority_time.0 {
+            let newest = info.majority_time;
+            return Err(refusal(
+                format!("history rewound: the source's newest write is of {newest}, the target has those up to {time}"),
+                "if the source's MongoDB was put back to an older copy, copy the data again; it is tried again by itself",
+            ));
+        }
         let oldest = mongo::oldest_oplog_time(&self.client).await.map_err(|f| unreachable(&f))?;
         match oldest {
             Some(oldest) if oldest > time => Err(refusal(

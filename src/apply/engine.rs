@@ -3,6 +3,7 @@
 //! Everything passing is retried here, a damaged inbox is cut back, and what a person must look at is said once.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -40,8 +41,12 @@ pub struct Engine<T, F> {
     pub(super) status: watch::Sender<ApplyStatus>,
     /// Catalog changes that were counted and may be done again by the next session.
     pub(super) counted_ddl: Mutex<BTreeSet<Position>>,
+    /// Changes in one transaction, at most; fewer for a while after the server would not take one.
+    pub(super) job_changes: AtomicUsize,
 }
 
+/// Changes in one transaction, at most.
+const JOB_CHANGES: usize = 1_000;
 /// How long a failure a person must look at rests before it is tried again.
 const FAILED_RETRY: Duration = Duration::from_secs(5);
 
@@ -67,7 +72,23 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         options: Options,
     ) -> (Self, watch::Receiver<ApplyStatus>) {
         let (status, seen) = watch::channel(ApplyStatus::default());
-        (Self { target, fetch, source, inbox, term, options, status, counted_ddl: Mutex::default() }, seen)
+        let (counted_ddl, job_changes) = (Mutex::default(), AtomicUsize::new(JOB_CHANGES));
+        (Self { target, fetch, source, inbox, term, options, status, counted_ddl, job_changes }, seen)
+    }
+
+    /// A transaction of so many changes failed again and again: it may write more than the server's cache takes.
+    pub(super) fn smaller_jobs(&self, failed: usize) {
+        let fewer = (failed / 8).max(1);
+        self.job_changes.store(fewer, Ordering::Relaxed);
+        if failed > 1 {
+            tracing::warn!(changes = fewer, "transactions are made smaller for a while");
+        }
+    }
+
+    /// A transaction was committed.
+    pub(super) fn larger_jobs(&self) {
+        let now = self.job_changes.load(Ordering::Relaxed);
+        self.job_changes.store(JOB_CHANGES.min(now + 1), Ordering::Relaxed);
     }
 
     /// Runs until cancelled.

@@ -405,6 +405,7 @@ impl Target for MongoTarget {
             return Err(TargetError::Deposed(stored_term));
         }
         self.kill_earlier_sessions(&stream).await?;
+        mongo::block_users(&self.client).await?;
         let mut sessions = Vec::with_capacity(workers + 1);
         for _ in 0..=workers {
             let session = self.client.start_session().await.map_err(Failure::of("start a session"))?;

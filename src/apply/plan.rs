@@ -17,8 +17,10 @@ use crate::model::{Change, ClusterTime, CollectionUuid, Op};
 
 /// Statements in one command, at most.
 const COMMAND_STATEMENTS: usize = 1_000;
-/// Bytes of one command before another is begun; one document more may follow.
+/// Bytes of one command before another is begun; one document more may follow, up to [`COMMAND_LIMIT`].
 const COMMAND_BYTES: usize = 8 << 20;
+/// The server takes commands of 16 MiB and 16 KiB.
+const COMMAND_LIMIT: usize = 16 << 20;
 
 /// A document as the source has it at `at`; written in place of whatever the target has (rule K).
 #[derive(Clone, Debug)]
@@ -169,16 +171,20 @@ impl<'a> Grouper<'a> {
             return Err(PlanError::NeedsFetch(item.position));
         }
         let key = change.document_key.expect("checked when parsed");
+        // An update may become several statements, each with the key.
+        let size = item.bytes.len() + 5 * key.as_bytes().len();
         match change.op {
             Op::Insert => {
                 let document = change.full_document.expect("checked");
                 match stamped(document) {
-                    true => self.group(item.key, Kind::Update).insert_literally(key, document),
-                    false => self.group(item.key, Kind::Insert).insert(document.as_bytes()),
+                    true => self.group(item.key, Kind::Update, size).insert_literally(key, document),
+                    false => self.group(item.key, Kind::Insert, size).insert(document.as_bytes()),
                 }
             }
-            Op::Delete => self.group(item.key, Kind::Delete).delete(key),
-            Op::Replace => self.group(item.key, Kind::Update).replace(key, change.full_document.expect("checked")),
+            Op::Delete => self.group(item.key, Kind::Delete, size).delete(key),
+            Op::Replace => {
+                self.group(item.key, Kind::Update, size).replace(key, change.full_document.expect("checked"))
+            }
             Op::Update => {
                 let update = change.update.expect("checked when parsed");
                 let diff = |source| PlanError::Diff { position: item.position, source };
@@ -186,10 +192,10 @@ impl<'a> Grouper<'a> {
                 if parsed.is_empty() {
                     // A plain update without operators would be a replacement by an empty document.
                 } else if parsed.is_plain() && !(self.entry.one_lane && parsed.appends()) {
-                    self.group(item.key, Kind::Update).update(key, &parsed);
+                    self.group(item.key, Kind::Update, size).update(key, &parsed);
                 } else {
                     let patch = Patch { key: key.to_owned(), identity: item.key, update: update.to_owned() };
-                    self.group(item.key, Kind::Patch).patches.push(patch);
+                    self.group(item.key, Kind::Patch, size).patches.push(patch);
                 }
             }
             _ => {}
@@ -198,7 +204,7 @@ impl<'a> Grouper<'a> {
     }
 
     /// The group a change of this document may join without passing an earlier one.
-    fn group(&mut self, key: u128, kind: Kind) -> &mut Group {
+    fn group(&mut self, key: u128, kind: Kind, size: usize) -> &mut Group {
         let repeatable = matches!(kind, Kind::Update | Kind::Patch);
         let generation = if self.entry.one_lane {
             // Source order: a new generation whenever the kind changes, or a document is patched twice.
@@ -216,7 +222,10 @@ impl<'a> Grouper<'a> {
             }
         };
         self.last.insert(key, (generation, kind));
-        let full = |group: &Group| group.statements >= COMMAND_STATEMENTS || group.len() >= COMMAND_BYTES;
+        let full = |group: &Group| {
+            let (length, empty) = (group.len(), group.statements == 0 && group.patches.is_empty());
+            group.statements >= COMMAND_STATEMENTS || length >= COMMAND_BYTES || !empty && length + size > COMMAND_LIMIT
+        };
         let growing = self.growing.get(&(generation, kind)).copied().filter(|at| !full(&self.groups[*at]));
         let at = growing.unwrap_or_else(|| {
             self.groups.push(Group::new(kind, self.entry));
@@ -519,6 +528,15 @@ mod tests {
         let inserted = item(1, "insert", 1, doc! {"fullDocument": {"_id": 1, "at": empty.clone()}});
         let nested = item(2, "insert", 2, doc! {"fullDocument": {"_id": empty.clone(), "deep": {"at": empty}}});
         assert_eq!(commands(&[inserted, nested], false), named(&[("insert", 1), ("update", 1)]));
+    }
+
+    #[test]
+    fn large_documents_of_one_transaction_do_not_share_a_command() {
+        let large = |id: i32, megabytes: usize| {
+            item(id as u64, "insert", id, doc! {"fullDocument": {"_id": id, "text": "x".repeat(megabytes << 20)}})
+        };
+        let items = [large(1, 6), large(2, 12), large(3, 1)];
+        assert_eq!(commands(&items, false), named(&[("insert", 1), ("insert", 1), ("insert", 1)]));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -20,8 +21,6 @@ use super::target::{DdlStep, Election, StreamRecord, Target, TargetError};
 use crate::model::{CollectionUuid, Flow, Incarnation, LaneId, Op, Position, StreamHash, raw};
 use crate::outbox::{self, Reader, Stored};
 
-/// Changes in one transaction, at most.
-const JOB_CHANGES: usize = 1_000;
 /// Bytes in one transaction, at most (one change more may follow).
 const JOB_BYTES: usize = 2 << 20;
 /// How often the majority's state is asked while something moves. Asking makes the server flush its journal, so this is
@@ -209,7 +208,8 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
 
     fn start_jobs(&mut self) {
         let workers = self.engine.options.workers;
-        let limits = Limits { changes: JOB_CHANGES, bytes: JOB_BYTES, lanes: LaneId::COUNT.div_ceil(workers) };
+        let changes = self.engine.job_changes.load(Ordering::Relaxed);
+        let limits = Limits { changes, bytes: JOB_BYTES, lanes: LaneId::COUNT.div_ceil(workers) };
         while let Some(worker) = self.idle.pop() {
             let Some(job) = self.lanes.take(limits) else {
                 self.idle.push(worker);
@@ -273,7 +273,11 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
     fn report(&mut self, report: Report) -> Result<(), End> {
         match report {
             Report::Applied { worker, job, result } => {
+                if matches!(result, Err(TargetError::Transient(_))) && !job.meeting {
+                    self.engine.smaller_jobs(job.items.len());
+                }
                 let floors = result?;
+                self.engine.larger_jobs();
                 self.idle.push(worker);
                 self.applied(&job, floors);
             }

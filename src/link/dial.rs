@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Uri};
 
-use super::hub::{PeerEntry, Shared};
+use super::hub::Shared;
 use super::server::{FRAME_SIZE, IN_TRANSPORT, MESSAGE, WINDOW};
 use super::session::{self, Ended, Summary, Wire};
 use super::transport::{Connection, Peer};
@@ -70,7 +70,7 @@ impl Backoff {
             self.reset();
         }
         match &summary.ended {
-            Ended::Rejected(rejection) | Ended::Refused(rejection) if !rejection.is_transient() => self.jitter(REFUSED),
+            ended if ended.is_refusal() => self.jitter(REFUSED),
             _ if more_addresses && !summary.established => NEXT_ADDRESS,
             _ => self.next(),
         }
@@ -81,7 +81,7 @@ impl Backoff {
 pub(super) async fn keep(shared: Arc<Shared>, site: SiteName, seed: u64) {
     let entry = shared.peers.get(&site).expect("dialled peers are known");
     let addresses = &entry.config.addresses;
-    let (mut backoff, mut turn) = (Backoff::new(seed), 0);
+    let (mut backoff, mut turn, mut round) = (Backoff::new(seed), 0, Round::default());
     let mut leadership = shared.inputs.leadership.clone();
     loop {
         let due = async {
@@ -111,7 +111,9 @@ pub(super) async fn keep(shared: Arc<Shared>, site: SiteName, seed: u64) {
             turn += 1;
         }
         let more_addresses = turn % addresses.len() != 0;
-        note(&shared, entry, address, &summary, more_addresses);
+        if round.shows(&summary, more_addresses) && !entry.slot.is_taken() {
+            shared.link_failed(entry, Some(address), &summary.ended);
+        }
         let wait = backoff.after(&summary, more_addresses);
         if shared.cancel.run_until_cancelled(sleep(wait)).await.is_none() {
             return;
@@ -119,10 +121,20 @@ pub(super) async fn keep(shared: Arc<Shared>, site: SiteName, seed: u64) {
     }
 }
 
-/// An attempt that failed is shown when all addresses were tried and no other session lives.
-fn note(shared: &Shared, entry: &PeerEntry, address: &str, summary: &Summary, more_addresses: bool) {
-    if !summary.established && !more_addresses && !entry.slot.is_taken() {
-        shared.link_failed(entry, Some(address), &summary.ended);
+/// The addresses of a peer, tried one after the other.
+#[derive(Debug, Default)]
+struct Round {
+    refused: bool,
+}
+
+impl Round {
+    /// Whether an attempt is to be shown: a refusal that only a person can change at once, and anything else when all
+    /// addresses were tried and none refused so.
+    fn shows(&mut self, summary: &Summary, more_addresses: bool) -> bool {
+        let refusal = summary.ended.is_refusal();
+        let shown = !summary.established && (refusal || !more_addresses && !self.refused);
+        self.refused = more_addresses && !summary.established && (self.refused || refusal);
+        shown
     }
 }
 
@@ -189,6 +201,23 @@ mod tests {
             a.reset();
             prop_assert!(a.next() <= BACKOFF.0);
         }
+    }
+
+    #[test]
+    fn a_refusal_of_one_address_is_not_hidden_by_another_that_cannot_serve() {
+        let ended = |ended, established| Summary { ended, established, progressed: false };
+        let rejected = |reason| ended(Ended::Rejected(Rejection::new(reason, "", "")), false);
+        let mut round = Round::default();
+        let mut shows = |summary, more_addresses| round.shows(&summary, more_addresses);
+        assert!(shows(rejected(Reason::Start), true));
+        assert!(!shows(rejected(Reason::NotLeader), false), "the refusal stands");
+        assert!(!shows(rejected(Reason::NotLeader), true));
+        assert!(shows(rejected(Reason::Term), false));
+        assert!(!shows(rejected(Reason::NotLeader), true));
+        assert!(shows(ended(Ended::Lost("no route".into()), false), false), "nothing but ways of not being reached");
+        assert!(shows(rejected(Reason::Start), true));
+        assert!(!shows(ended(Ended::Closed, true), true));
+        assert!(shows(ended(Ended::Lost("no route".into()), false), false), "a session lived since");
     }
 
     #[test]

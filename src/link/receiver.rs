@@ -199,8 +199,10 @@ impl Receiver {
             self.grant();
             return Ok(actions);
         }
-        if header.previous == have.end && header.hash_before != have.hash {
-            return Err(other_changes(have, header.hash_before));
+        // A record may overlap what is here, as another agent cuts its batches elsewhere.
+        let theirs = hash_at(&batch, have.end).map_err(bad_record)?;
+        if theirs != have.hash {
+            return Err(other_changes(have, theirs));
         }
         self.chain = Chain::At(InboxView { end: header.end, hash: header.hash, ..have });
         self.waiting += bytes;

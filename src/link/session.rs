@@ -38,6 +38,8 @@ const TICK: Duration = Duration::from_millis(200);
 const REPEAT: Duration = Duration::from_secs(1);
 /// A peer that carries a stream speaks every second; one that is silent for so long is gone, whatever the connection says.
 const SILENCE: Duration = Duration::from_secs(15);
+/// A frame on its way keeps a slow link busy: so many bytes are a sign of life, too. What HTTP/2 says by itself is far less.
+const ALIVE: u64 = 16 << 10;
 /// Time for the frames in hand at the end.
 const CLOSING: Duration = Duration::from_secs(2);
 /// Records waiting to be sent, besides those in the transport.
@@ -69,6 +71,13 @@ pub(super) enum Ended {
     Failed(String),
     /// Another session with this peer lives.
     Duplicate,
+}
+
+impl Ended {
+    /// Whether one of the two refuses what only a person can change.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Rejected(rejection) | Self::Refused(rejection) if !rejection.is_transient())
+    }
 }
 
 /// How a session went.
@@ -156,6 +165,8 @@ struct Session<'a> {
     /// A ping of the peer that is not answered yet.
     pong: Option<pb::Pong>,
     heard: Instant,
+    /// Bytes read when something was heard last.
+    read: u64,
     progressed: bool,
 }
 
@@ -196,6 +207,7 @@ impl<'a> Session<'a> {
             ping: Due { now: true, said: now },
             pong: None,
             heard: now,
+            read: 0,
             progressed: false,
         }
     }
@@ -296,6 +308,10 @@ impl<'a> Session<'a> {
         self.ack.now |= now.duration_since(self.ack.said) >= REPEAT;
         self.progress.now |= now.duration_since(self.progress.said) >= REPEAT;
         self.ping.now |= now.duration_since(self.ping.said) >= REPEAT;
+        let read = self.wire.peer.read.load(Ordering::Relaxed);
+        if read.saturating_sub(self.read) >= ALIVE {
+            (self.heard, self.read) = (now, read);
+        }
         let silent = (self.ship.is_some() || self.take.is_some()) && now.duration_since(self.heard) >= SILENCE;
         if silent {
             return Some(Ended::Lost(format!("nothing was heard for {} s", SILENCE.as_secs())));

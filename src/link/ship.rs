@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use pb::frame::Body;
 use prost::Message;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::hub::{PeerEntry, Shared, SourceProgress, StartRefusal};
@@ -19,8 +19,10 @@ use super::wire::Receiving;
 use crate::model::{Epoch, Position, SiteName, StreamHash, Term};
 use crate::outbox::{Error, Log, LogState, Reader, Stored};
 
-/// Fetches answered at once.
-const READS: usize = 16;
+/// Fetches that may wait for their answers.
+const FETCHES: usize = 64;
+/// Of those so many are read at once: each answer may be large, and waits here until it is sent.
+const READS: usize = 2;
 /// Records of one read from the outbox are small in number, but one may be large: an answer above this cannot be sent.
 const LARGEST_ANSWER: usize = 60 << 20;
 
@@ -54,6 +56,7 @@ pub(super) struct Ship {
     reader: Option<Reader>,
     gate: Option<BoxFuture<'static, Result<(), StartRefusal>>>,
     reads: FuturesUnordered<BoxFuture<'static, pb::Fetched>>,
+    turns: Arc<Semaphore>,
     progress: watch::Receiver<SourceProgress>,
 }
 
@@ -78,6 +81,7 @@ impl Ship {
             reader: None,
             gate: None,
             reads: FuturesUnordered::new(),
+            turns: Arc::new(Semaphore::new(READS)),
             progress,
         }
     }
@@ -103,7 +107,7 @@ impl Ship {
         let (gate, reader) = (&mut self.gate, &mut self.reader);
         tokio::select! {
             biased;
-            Some(answer) = self.reads.next() => Event::Answer(answer),
+            Some(answer) = self.reads.next(), if room => Event::Answer(answer),
             answer = async { gate.as_mut().expect("checked").await }, if gate.is_some() => Event::Gate(answer),
             Ok(()) = self.progress.changed() => Event::Progress,
             Ok(()) = self.moved.changed(), if self.machine.waits_for_outbox() => Event::OutboxMoved,
@@ -180,11 +184,12 @@ impl Ship {
     pub(super) fn fetch(&mut self, request: pb::Fetch) -> Outcome {
         let id = request.id;
         let refused = move |error: &str| pb::Fetched { id, error: error.into(), ..Default::default() };
-        if self.reads.len() >= READS {
+        if self.reads.len() >= FETCHES {
             return Outcome::Send(Body::Fetched(refused("too many reads at once")));
         }
-        let source = self.shared.inputs.fetch.clone();
+        let (source, turns) = (self.shared.inputs.fetch.clone(), self.turns.clone());
         self.reads.push(Box::pin(async move {
+            let _turn = turns.acquire().await.expect("never closed");
             let fetched = source.fetch(request).await;
             match fetched.encoded_len() > LARGEST_ANSWER {
                 true => refused("the documents are too large for one answer; ask for fewer"),

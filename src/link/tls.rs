@@ -77,7 +77,13 @@ impl Transport for TlsTransport {
 }
 
 fn peer(certificate: PeerCertificate, address: String, shown: u64) -> Peer {
-    Peer { identity: certificate.identity, address, certificate_expires: Some(certificate.expires), shown }
+    Peer {
+        identity: certificate.identity,
+        address,
+        certificate_expires: Some(certificate.expires),
+        shown,
+        read: Arc::default(),
+    }
 }
 
 /// Looks at the certificate files about once a second until `cancel`; calls `renewed` after new ones came into use.

@@ -6,6 +6,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use farshore_api::Identity;
@@ -33,6 +35,8 @@ pub struct Peer {
     pub certificate_expires: Option<i64>,
     /// Which of our own certificates it was shown, counted from 0.
     pub shown: u64,
+    /// Bytes read from it.
+    pub read: Arc<AtomicU64>,
 }
 
 /// An established connection.
@@ -63,7 +67,11 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.io).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let ready = Pin::new(&mut *self.io).poll_read(cx, buf);
+        let bytes = buf.filled().len() - before;
+        self.peer.read.fetch_add(bytes as u64, Ordering::Relaxed);
+        ready
     }
 }
 

@@ -114,8 +114,10 @@ impl Model {
             }
             Op::Token(b) => {
                 let token = Bytes::from(vec![*b; 5]);
-                let result = entry.ok_or(()).map(|log| log.token = Some(token.clone()));
-                (Write::Token { log: id, token }, result)
+                // Now and then it is the token of another end.
+                let end = end + u64::from(b % 8 == 0);
+                let result = entry.filter(|log| log.end == end).ok_or(()).map(|log| log.token = Some(token.clone()));
+                (Write::Token { log: id, end: at(end), token }, result)
             }
             Op::Term(n) => {
                 let result = entry.ok_or(()).map(|log| log.term = log.term.max(Term(*n)));

@@ -73,6 +73,15 @@ impl LogState {
         }
     }
 
+    /// Takes the token of its end, or says where it ends.
+    fn put_token(&mut self, log: &LogId, end: Position, token: Bytes) -> Result<(), Error> {
+        if end != self.end {
+            return Err(Error::Gap { log: log.clone(), end: self.end, previous: end });
+        }
+        self.token = Some(token);
+        Ok(())
+    }
+
     /// Appends, or says why not.
     pub(super) fn append(
         &mut self,
@@ -261,7 +270,7 @@ fn next<'a>(
             ledger.appended_batches += 1;
             plan.records.push(NewRecord { log, generation: ledger.state.generation, place, batch });
         }
-        Write::Token { token, .. } => ledger.state.token = Some(token.clone()),
+        Write::Token { end, token, .. } => ledger.state.put_token(log, *end, token.clone())?,
         Write::Term { term, .. } => ledger.state.term = ledger.state.term.max(*term),
         Write::Trim { through, .. } => ledger.trim(*through, &find)?,
         Write::Rewind { to, hash, token, .. } => {

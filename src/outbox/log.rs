@@ -59,8 +59,8 @@ impl Log {
         Commit(self.shared.send(&self.channel, write).await?).await
     }
 
-    /// (Re)starts the log empty at `at`; its readers end with `Error::Restarted`. What is released stays released
-    /// within the incarnation.
+    /// (Re)starts the log empty at `at`; its readers end with `Error::Restarted`. Nothing of it counts as
+    /// released until that is said again: a target may have been put back.
     ///
     /// # Errors
     /// The write failed, or the logs are closed.
@@ -73,6 +73,7 @@ impl Log {
         token: Option<Bytes>,
     ) -> Result<(), Error> {
         let log = self.id().clone();
+        *self.channel.released.lock().expect("no holder panics") = None;
         self.write(Write::Begin { log, incarnation, epoch, at, hash, token }).await.map(drop)
     }
 
@@ -93,12 +94,12 @@ impl Log {
         self.shared.send(&self.channel, write).await.map(Commit)
     }
 
-    /// Replaces the resume token.
+    /// Replaces the resume token of a log that ends at `end`: read after it, nothing behind `end` is missed.
     ///
     /// # Errors
-    /// The write failed, or the log has not begun.
-    pub async fn put_token(&self, token: Bytes) -> Result<(), Error> {
-        self.write(Write::Token { log: self.id().clone(), token }).await.map(drop)
+    /// `Error::Gap` when the log ends elsewhere by now, a failed write, or the log has not begun.
+    pub async fn put_token(&self, end: Position, token: Bytes) -> Result<(), Error> {
+        self.write(Write::Token { log: self.id().clone(), end, token }).await.map(drop)
     }
 
     /// Raises the term.
@@ -151,14 +152,11 @@ impl Log {
         Ok(good)
     }
 
-    /// Everything at or below `through` of that incarnation is no longer needed by any member: trimmed as soon as
-    /// retention allows, in large steps.
+    /// Everything at or below `through` of that incarnation, and nothing above it, is no longer needed by any member: trimmed
+    /// as soon as retention allows, in large steps.
     pub fn release(&self, incarnation: Incarnation, through: Position) {
-        let mut released = self.channel.released.lock().expect("no holder panics");
-        let old = released.filter(|(of, _)| *of == incarnation).map(|(_, position)| position);
-        if old.is_none_or(|old| old < through) {
-            *released = Some((incarnation, through));
-            drop(released);
+        let before = self.channel.released.lock().expect("no holder panics").replace((incarnation, through));
+        if before.is_none_or(|(of, position)| of != incarnation || position < through) {
             self.shared.wake();
         }
     }

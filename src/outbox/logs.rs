@@ -104,6 +104,8 @@ pub(super) struct Shared {
     pub(super) wake: Notify,
     pub(super) stop: CancellationToken,
     pub(super) failed: OnceLock<String>,
+    /// Cancelled once `failed` is there.
+    pub(super) broken: CancellationToken,
     /// How long synced writes took.
     pub(super) commits: Mutex<Durations>,
 }
@@ -194,6 +196,7 @@ impl Logs {
             wake: Notify::new(),
             stop: CancellationToken::new(),
             failed: OnceLock::new(),
+            broken: CancellationToken::new(),
             commits: Mutex::default(),
         });
         let mut marks = BTreeMap::new();
@@ -241,6 +244,12 @@ impl Logs {
     /// Why writes are refused, once they are.
     pub fn failed(&self) -> Option<String> {
         self.shared.failed.get().cloned()
+    }
+
+    /// [`Self::failed`], when it is so: the process must start again.
+    pub async fn until_failed(&self) -> String {
+        self.shared.broken.cancelled().await;
+        self.failed().unwrap_or_default()
     }
 }
 

@@ -66,8 +66,8 @@ pub enum Write {
     /// Needs `previous <= end < batch end`, the same incarnation and, where they meet exactly, the same stream hash.
     /// Without a token the old one is kept.
     Append { log: LogId, batch: Batch, token: Option<Bytes> },
-    /// Replaces the resume token.
-    Token { log: LogId, token: Bytes },
+    /// Replaces the resume token of a log that ends at `end`.
+    Token { log: LogId, end: Position, token: Bytes },
     /// Raises the term; a lower one changes nothing.
     Term { log: LogId, term: Term },
     /// Removes records that end at or below `through`.

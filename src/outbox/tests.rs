@@ -127,7 +127,7 @@ async fn a_failed_write_ends_all_writing_but_not_reading() {
         assert!(matches!(&error, Error::Failed { reason } if reason.contains("injected")), "{error}");
     }
     assert!(log.append(batch_of(1, 2, 50), None).await.is_err());
-    assert!(log.put_token(Bytes::new()).await.is_err());
+    assert!(log.put_token(Position::ZERO, Bytes::new()).await.is_err());
     assert!(logs.failed().expect("failsafe").contains("injected fault"));
     assert_eq!(log.state().expect("begun").end, at(1));
     assert_eq!(log.reader(at(0)).next().await.expect("read").batch, batch_of(0, 1, 50));
@@ -156,7 +156,7 @@ async fn a_full_log_refuses_and_the_inbox_keeps_a_reserve() {
     assert_eq!(log.state().expect("begun").end, at(17));
     inbox.append(large(0, &mut StreamHash::default(), 5000), None).await.expect("reserve");
     assert_eq!(logs.usage().level, Level::Full);
-    log.put_token(Bytes::from_static(b"x")).await.expect("tokens go on");
+    log.put_token(log.state().expect("begun").end, Bytes::from_static(b"x")).await.expect("tokens go on");
     log.release(Incarnation([1; 16]), at(17));
     assert!(
         matches!(log.append(large(17, &mut hash_of(&log), 5000), None).await, Err(Error::Full { .. })),

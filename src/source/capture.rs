@@ -30,8 +30,22 @@ pub enum Phase {
     Full(String),
     /// The history after the outbox's end is gone; the targets need a resync.
     HistoryLost(String),
+    /// The source does not know the outbox's end: it was put back to an older copy. What was captured since may be undone
+    /// there, so no target goes on from it.
+    Rewound(String),
     /// Refused for good by the server, or the stream cannot be understood.
     Failed(String),
+}
+
+impl Phase {
+    /// Why no target can go on at the outbox's end, when that is so, and what to do.
+    pub fn lost(&self) -> Option<(&str, &'static str)> {
+        match self {
+            Self::HistoryLost(reason) => Some((reason, RESYNC)),
+            Self::Rewound(reason) => Some((reason, REWOUND)),
+            _ => None,
+        }
+    }
 }
 
 /// Numbers and phase for status, metrics and the progress frames.
@@ -87,8 +101,6 @@ pub struct History {
     pub incarnation: Incarnation,
     /// Epoch under which changes are captured.
     pub epoch: Epoch,
-    /// See [`Chunker`].
-    pub single_change_units: bool,
 }
 
 /// The capture task.
@@ -106,13 +118,15 @@ const PREFETCH: usize = 1;
 /// Batches queued for fsync at once.
 const IN_FLIGHT: usize = 32;
 /// What to do about lost history.
-pub const RESYNC: &str = "while another agent of this site ships, nothing: this one begins where the target stands when it takes over; else copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
+const RESYNC: &str = "while another agent of this site ships, nothing: this one begins where the target stands when it takes over; else copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents; and raise the oplog's size or minimum retention here";
+/// What to do about a rewound history.
+const REWOUND: &str = "the source's MongoDB was put back to an older copy: what the target has of later changes cannot be undone by the stream; copy the data again: empty the target, restore a dump, declare its cluster time with apply.start_at, remove the data directories of both sites' agents";
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The resume token is persisted so often while nothing is captured, so it never ages out of the oplog.
 const TOKEN_EVERY: Duration = Duration::from_secs(1);
-/// Marks come more often than this: until then the token of an event is kept, see [`Chunker`].
-const QUIET: Duration = Duration::from_secs(10);
+/// Marks come more often than this (at least every 10 s): until then the token of an event is kept, see [`Chunker`].
+const QUIET: Duration = Duration::from_secs(30);
 
 enum Outcome {
     Cancelled,
@@ -188,7 +202,7 @@ impl<T: Tail> Capture<T> {
     }
 
     async fn restart(&self, begin: Begin) {
-        let History { incarnation, epoch, .. } = self.history;
+        let History { incarnation, epoch } = self.history;
         let result = self.log.begin(incarnation, epoch, begin.at, begin.hash, None).await;
         tracing::info!(at = %begin.at, ok = result.is_ok(), "outbox begins");
         // The asker may have gone; the next one asks again.
@@ -210,6 +224,7 @@ impl<T: Tail> Capture<T> {
             EndReason::Tail(error @ TailError::HistoryLost(_)) => {
                 (Phase::HistoryLost(error.to_string()), Some(RETRY_MAX))
             }
+            EndReason::Tail(error @ TailError::Rewound(_)) => (Phase::Rewound(error.to_string()), Some(RETRY_MAX)),
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
@@ -230,8 +245,8 @@ impl<T: Tail> Capture<T> {
             Phase::Full(reason) => {
                 tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped")
             }
-            Phase::HistoryLost(reason) => {
-                tracing::error!(reason, hint = RESYNC, "capture stopped")
+            Phase::HistoryLost(reason) | Phase::Rewound(reason) => {
+                tracing::error!(reason, hint = phase.lost().map(|(_, hint)| hint), "capture stopped")
             }
             Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
         }
@@ -240,9 +255,9 @@ impl<T: Tail> Capture<T> {
 
     /// Reads from where the log ends until something stops it.
     async fn session(&mut self, state: LogState, cancel: &CancellationToken) -> Outcome {
-        let History { incarnation, epoch, single_change_units } = self.history;
+        let History { incarnation, epoch } = self.history;
         let mut at = state.token.clone().map_or(StartAt::Time(state.end.time), StartAt::After);
-        let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash, single_change_units);
+        let mut chunker = Chunker::new(incarnation, epoch, state.end, state.hash);
         let mut reading = Reading::Batches;
         loop {
             reading = match (self.stream(&mut chunker, &at, reading, cancel).await, reading) {
@@ -276,6 +291,7 @@ impl<T: Tail> Capture<T> {
             Ok(stream) => stream,
             Err(error) => return Err(Outcome::Ended(EndReason::Tail(error))),
         };
+        chunker.single_change_units(stream.single_change_units());
         let (replies_in, mut replies) = mpsc::channel(PREFETCH);
         let reader = read_ahead(stream, replies_in);
         let pump = self.pump(chunker, &mut replies, reading, cancel);
@@ -315,6 +331,7 @@ impl<T: Tail> Capture<T> {
                         Err(error) => ended(EndReason::Outbox(error)),
                         Ok(_) => {
                             self.account(&written);
+                            self.enter(Phase::Streaming);
                             None
                         }
                     }
@@ -324,7 +341,10 @@ impl<T: Tail> Capture<T> {
                 Step::Reply(Some(Ok(reply))) => match chunker.cut(&reply) {
                     Err(error) => ended(EndReason::Chunk(error)),
                     Ok(cuts) => {
-                        self.enter(Phase::Streaming);
+                        // What is read counts when it is durable: a full outbox is full until then.
+                        if cuts.is_empty() && pending.is_empty() {
+                            self.enter(Phase::Streaming);
+                        }
                         match self.append(cuts, &mut pending).await {
                             Err(error) => ended(EndReason::Outbox(error)),
                             Ok(()) => passed(reading, &reply).then_some(Ok(Passed)),
@@ -344,7 +364,7 @@ impl<T: Tail> Capture<T> {
             } else if now >= token_due {
                 token_due = now + TOKEN_EVERY;
                 if let Some(token) = chunker.idle_token()
-                    && let Err(error) = self.log.put_token(token.clone()).await
+                    && let Err(error) = self.log.put_token(chunker.end(), token.clone()).await
                 {
                     return Err(Outcome::Ended(EndReason::Outbox(error)));
                 }
@@ -359,13 +379,16 @@ impl<T: Tail> Capture<T> {
         });
     }
 
-    /// Lets queued writes finish, so that the next session starts from what is really durable.
+    /// Lets queued writes finish, so that the next session starts from what is really durable. The first error tells why;
+    /// what was queued behind it fails for it.
     async fn finish(&self, pending: VecDeque<Pending>, end: Result<Passed, Outcome>) -> Result<Passed, Outcome> {
+        let mut end = end;
         for mut written in pending {
-            if let Err(error) = (&mut written.durable).await {
-                return Err(Outcome::Ended(EndReason::Outbox(error)));
+            match (&mut written.durable).await {
+                Ok(_) => self.account(&written),
+                Err(_) if matches!(end, Err(Outcome::Ended(EndReason::Outbox(_)))) => {}
+                Err(error) => end = Err(Outcome::Ended(EndReason::Outbox(error))),
             }
-            self.account(&written);
         }
         end
     }

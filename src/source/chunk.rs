@@ -91,14 +91,13 @@ pub struct Chunker {
 
 impl Chunker {
     /// Continues a log that ends at `end` with `hash`.
-    pub fn new(
-        incarnation: Incarnation,
-        epoch: Epoch,
-        end: Position,
-        hash: StreamHash,
-        single_change_units: bool,
-    ) -> Self {
-        Self { incarnation, epoch, end, hash, single_change_units, token: None, newest: None }
+    pub fn new(incarnation: Incarnation, epoch: Epoch, end: Position, hash: StreamHash) -> Self {
+        Self { incarnation, epoch, end, hash, single_change_units: false, token: None, newest: None }
+    }
+
+    /// Whether the server that is read now makes one change of each cluster time outside of transactions.
+    pub fn single_change_units(&mut self, single: bool) {
+        self.single_change_units = single;
     }
 
     /// End of the last batch.
@@ -234,13 +233,10 @@ mod tests {
     }
 
     fn chunker(single: bool) -> Chunker {
-        Chunker::new(
-            Incarnation([1; 16]),
-            Epoch(1),
-            Position::before(ClusterTime::new(1, 0)),
-            StreamHash::default(),
-            single,
-        )
+        let begin = Position::before(ClusterTime::new(1, 0));
+        let mut chunker = Chunker::new(Incarnation([1; 16]), Epoch(1), begin, StreamHash::default());
+        chunker.single_change_units(single);
+        chunker
     }
 
     fn at(seconds: u32) -> ClusterTime {

@@ -28,9 +28,12 @@ pub enum TailError {
     /// Worth opening again at the same place.
     #[error("change stream interrupted: {0}")]
     Interrupted(String),
-    /// The server does not have the history after this place, or it was rewound.
+    /// The server does not have the history after this place any more.
     #[error("history lost: {0}")]
     HistoryLost(String),
+    /// The server never had this place: it was put back to an older copy, or replaced.
+    #[error("history rewound: {0}")]
+    Rewound(String),
     /// A change of the next reply is larger than 16 MiB.
     #[error("a change exceeds 16 MiB")]
     TooLarge,
@@ -44,9 +47,8 @@ impl From<Failure> for TailError {
         let text = failure.to_string();
         match failure.code() {
             Some(code::EVENT_TOO_LARGE) => Self::TooLarge,
-            Some(code::HISTORY_LOST | code::FATAL_CHANGE_STREAM | code::INVALID_RESUME_TOKEN) => {
-                Self::HistoryLost(text)
-            }
+            Some(code::HISTORY_LOST) => Self::HistoryLost(text),
+            Some(code::FATAL_CHANGE_STREAM | code::INVALID_RESUME_TOKEN) => Self::Rewound(text),
             Some(_) => Self::Refused(text),
             None if failure.is_transient() => Self::Interrupted(text),
             None => Self::Refused(text),
@@ -77,10 +79,16 @@ pub trait Tail: Send + Sync + 'static {
 
 /// An open change stream. Dropping it closes it.
 pub trait TailStream: Send + 'static {
+    /// Whether the server makes one change of each cluster time outside of transactions (MongoDB before 6.1), see
+    /// [`super::chunk::Chunker`].
+    fn single_change_units(&self) -> bool;
+
     /// The next reply; an empty one now and then when nothing happens. Not cancel-safe.
     fn next(&mut self) -> impl Future<Output = Result<Reply, TailError>> + Send;
 }
 
+/// `maxWireVersion` of MongoDB 6.1.
+const WIRE_6_1: i32 = 18;
 /// How long the server holds an idle `getMore`; bounds the age of its resume token, not the latency of changes.
 const AWAIT: Duration = Duration::from_millis(500);
 
@@ -131,13 +139,17 @@ impl Tail for MongoTail {
             aggregate = aggregate.batch_size(1);
         }
         let cursor = aggregate.batch().await.map_err(Failure::of("open the change stream"))?;
-        Ok(MongoTailStream { cursor })
+        // Asked after opening: a server that is replaced by a newer one ends the stream first.
+        let info = crate::mongo::server_info(&self.client).await?;
+        let info = info.map_err(|reason| TailError::Refused(reason.to_owned()))?;
+        Ok(MongoTailStream { cursor, single_change_units: info.wire_version < WIRE_6_1 })
     }
 }
 
 /// An open change stream of a real MongoDB.
 pub struct MongoTailStream {
     cursor: RawBatchCursor,
+    single_change_units: bool,
 }
 
 impl std::fmt::Debug for MongoTailStream {
@@ -147,6 +159,10 @@ impl std::fmt::Debug for MongoTailStream {
 }
 
 impl TailStream for MongoTailStream {
+    fn single_change_units(&self) -> bool {
+        self.single_change_units
+    }
+
     async fn next(&mut self) -> Result<Reply, TailError> {
         match self.cursor.next().await {
             Some(Ok(batch)) => Ok(Reply(batch.as_raw_document().to_owned())),

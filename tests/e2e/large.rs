@@ -2,13 +2,14 @@
 //! into a reply of the change stream, a transaction of more than 60 MB.
 
 use std::convert::Infallible;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use bson::{Bson, Document, Timestamp, doc};
 use farshore_api::ClusterTime;
 use farshore_testkit::compare::Options;
 use farshore_testkit::mongo;
-use farshore_testkit::pair::{Pair, PairOptions, Sets, Side};
+use farshore_testkit::pair::{Between, Pair, PairOptions, Sets, Side};
 use mongodb::error::ErrorKind;
 use mongodb::options::ChangeStreamOptions;
 use mongodb::{Client, Collection};
@@ -156,5 +157,20 @@ async fn the_largest_documents_deltas_events_and_transactions_arrive() -> Result
     );
     ensure!(stream.diverged == 0, "nothing differed: {:?}", stream.diverged_kinds);
     ensure!(north <= BOUND_MIB && south <= BOUND_MIB, "peak RSS {north} and {south} MiB are above {BOUND_MIB} MiB");
+    pair.check_logs(&[])
+}
+
+/// A frame takes longer there than a silent peer is given.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_link_carries_a_large_document_in_its_own_time() -> Result<()> {
+    let mut pair = pair(PairOptions { between: Between::Tcp, ..PairOptions::default() }).await?;
+    let source = client(&mut pair, Side::North)?;
+    let began = Instant::now();
+    pair.link.set_bandwidth(Some(450 << 10));
+    source.database("slow").collection("large").insert_one(document(1, 1, 11 * MB)).await?;
+    let comparison = equal(&mut pair, &Options::default()).await?;
+    let took = began.elapsed();
+    println!("11 MB over a slow link after {took:?}: {comparison}");
+    ensure!(took > Duration::from_secs(17), "the link was not slow");
     pair.check_logs(&[])
 }

@@ -1,10 +1,14 @@
 //! The main job: everything that is written at one site is at the other, byte for byte.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use bson::raw::cstr;
 use bson::{Document, RawDocumentBuf, Timestamp, doc, rawdoc};
 use farshore_testkit::compare::Options;
-use farshore_testkit::pair::{PairOptions, Side};
+use farshore_testkit::mongo;
+use farshore_testkit::pair::{PairOptions, Sets, Side};
+use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
 
 use crate::support::{caught_up, client, equal, pair, stream};
@@ -132,5 +136,40 @@ async fn empty_timestamps_stay_empty() -> Result<()> {
         ensure!(empty == 4, "{empty} empty timestamps at the target");
     }
     ensure!(stream(&pair).await?.diverged == 4, "only what was deleted at the target differs");
+    pair.check_logs(&[])
+}
+
+/// The target's server deletes nothing by itself: the source may yet decide otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ttl_indexes_and_users_write_nothing_at_the_target() -> Result<()> {
+    let parameter = |name: &str, value: &str| vec![(name.to_owned(), value.to_owned())];
+    let set_parameters = parameter("ttlMonitorSleepSecs", "1");
+    let sets = Sets::New(mongo::Options { set_parameters, ..mongo::Options::default() });
+    let mut pair = pair(PairOptions { sets, ..PairOptions::default() }).await?;
+    let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
+    source.database("admin").run_command(doc! {"setParameter": 1, "ttlMonitorEnabled": false}).await?;
+    let index = doc! {"key": {"at": 1}, "name": "ttl", "expireAfterSeconds": 60};
+    let shop = source.database("shop");
+    shop.run_command(doc! {"createIndexes": "sessions", "indexes": [index]}).await?;
+    let old = bson::DateTime::from_millis(1_000_000_000_000);
+    shop.collection::<Document>("sessions").insert_many((0..100).map(|id| doc! {"_id": id, "at": old})).await?;
+    caught_up(&mut pair).await?;
+    let passes = || async {
+        let status = target.database("admin").run_command(doc! {"serverStatus": 1}).await?;
+        Ok::<_, anyhow::Error>(status.get_document("metrics")?.get_document("ttl")?.get_i64("passes")?)
+    };
+    let before = passes().await?;
+    wait::until("TTL passes at the target", Duration::from_secs(60), || async {
+        let now = passes().await?;
+        ensure!(now >= before + 3, "{} passes", now - before);
+        Ok(())
+    })
+    .await?;
+    let shop =
+        shop.run_command(doc! {"collMod": "sessions", "index": {"name": "ttl", "expireAfterSeconds": 2_000_000_000}});
+    shop.await?;
+    let comparison = equal(&mut pair, &Options::default()).await?;
+    println!("{comparison}");
+    ensure!(comparison.documents >= 100, "the source kept its documents");
     pair.check_logs(&[])
 }

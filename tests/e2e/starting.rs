@@ -296,11 +296,11 @@ async fn a_source_that_was_put_back_to_an_older_copy_is_found_out() -> Result<()
         })
         .await?;
         println!("agent running {running}: {reason}");
-        ensure!(reason.contains("history lost"), "{reason}");
+        ensure!(reason.contains("history rewound"), "{reason}");
         source.database("app").collection("c").insert_one(doc! {"_id": "after"}).await?;
-        logged(&pair.north.agents[0], "history lost").await?;
+        logged(&pair.north.agents[0], "history rewound").await?;
         ensure!(count(&target).await? == 2, "the target went on");
-        pair.check_logs(&["history lost"])?;
+        pair.check_logs(&["history rewound"])?;
     }
     Ok(())
 }

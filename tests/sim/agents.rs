@@ -233,8 +233,7 @@ fn originate(
     parts: &mut JoinSet<String>,
 ) {
     let (outbox, nudge) = (logs.log(&LogId::Outbox), Arc::new(Notify::new()));
-    let single_change_units = lock(world).settings.single_change_units;
-    let history = History { incarnation: incarnation(), epoch: EPOCH, single_change_units };
+    let history = History { incarnation: incarnation(), epoch: EPOCH };
     let (capture, handle) = Capture::new(SimTail(world.clone()), outbox.clone(), history, nudge.clone());
     let begun = lock(world).beginning;
     if outbox.state().is_none() {
@@ -316,7 +315,7 @@ impl StartGate for SimGate {
             match serving::settled(&self.outbox, incarnation(), capture, at).await {
                 Course::Serve => return Ok(()),
                 Course::Begin => {}
-                Course::Lost(reason) | Course::Unsettled(reason) => return Err(refusal(&reason)),
+                Course::Lost { reason, .. } | Course::Unsettled(reason) => return Err(refusal(&reason)),
             }
             {
                 let world = &mut *lock(&self.world);

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use farshore::link::{Connection, Listener, Peer, Transport};
@@ -44,7 +45,7 @@ async fn greet(stream: &mut TcpStream, own: &SiteName) -> io::Result<SiteName> {
 }
 
 fn peer(site: &SiteName, address: String) -> Peer {
-    Peer { identity: Identity::site(site.as_str()), address, certificate_expires: None, shown: 0 }
+    Peer { identity: Identity::site(site.as_str()), address, certificate_expires: None, shown: 0, read: Arc::default() }
 }
 
 impl Transport for SimTransport {

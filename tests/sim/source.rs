@@ -411,6 +411,10 @@ impl Tail for SimTail {
 }
 
 impl TailStream for SimStream {
+    fn single_change_units(&self) -> bool {
+        lock(&self.world).settings.single_change_units
+    }
+
     async fn next(&mut self) -> Result<Reply, TailError> {
         let wait = lock(&self.world).latency();
         tokio::time::sleep(wait).await;
