@@ -345,6 +345,8 @@ mod tests {
         assert_eq!(rejected(|f| f.record = batch(1, 11, 12).record().clone()), Reason::Gap);
         let other = crate::link::testing::batch_after(1, 10, 12, StreamHash(5));
         assert_eq!(rejected(|f| f.record = other.record().clone()), Reason::Incarnation);
+        let overlapping = crate::link::testing::batch_after(1, 9, 12, StreamHash(5));
+        assert_eq!(rejected(|f| f.record = overlapping.record().clone()), Reason::Incarnation);
         let damaged_and_stale = |f: &mut pb::Batch| (f.record, f.term) = (f.record.slice(1..), 1);
         assert_eq!(rejected(damaged_and_stale), Reason::Corrupt, "a damaged frame proves nothing about its sender");
     }

@@ -169,6 +169,19 @@ async fn a_full_log_refuses_and_the_inbox_keeps_a_reserve() {
     assert_eq!(log.reader(at(3)).next().await.map(|stored| stored.skip_through), Ok(at(3)), "the ring still has it");
 }
 
+#[tokio::test]
+async fn what_was_released_before_a_new_beginning_is_needed_again() {
+    let (_store, _logs, log) = memory(100_000).await;
+    log.release(incarnation(), at(1_000));
+    begin(&log).await;
+    let (mut hash, mut n) = (StreamHash::default(), 0);
+    while log.append(large(n, &mut hash, 5000), None).await.is_ok() {
+        n += 1;
+        assert!(n < 1_000, "what nobody has applied was dropped");
+    }
+    assert_eq!((n, log.state().expect("begun").first), (17, at(0)));
+}
+
 fn hash_of(log: &Log) -> StreamHash {
     log.state().expect("begun").hash
 }

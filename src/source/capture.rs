@@ -448,3 +448,82 @@ async fn sleep_or_forever(wait: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bson::raw::RawArrayBuf;
+    use bson::{Binary, rawdoc, spec::BinarySubtype};
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::model::ClusterTime;
+    use crate::outbox::{LogId, Logs, MemStore, Quota};
+    use crate::source::chunk::tests::token_of;
+
+    /// A change stream of one reply.
+    struct One(Reply);
+
+    struct OneStream(Option<Reply>);
+
+    impl Tail for One {
+        type Stream = OneStream;
+
+        async fn open(&self, _at: &StartAt, _reading: Reading) -> Result<OneStream, TailError> {
+            Ok(OneStream(Some(self.0.clone())))
+        }
+    }
+
+    impl TailStream for OneStream {
+        fn single_change_units(&self) -> bool {
+            true
+        }
+
+        async fn next(&mut self) -> Result<Reply, TailError> {
+            match self.0.take() {
+                Some(reply) => Ok(reply),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Changes of 1 MiB each that do not compress.
+    fn reply(changes: u32) -> Reply {
+        let mut batch = RawArrayBuf::new();
+        let time = |n| ClusterTime::new(10 + n, 1);
+        for n in 0..changes {
+            let mut state = u64::from(n) + 1;
+            let noise = std::iter::repeat_with(|| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 56) as u8
+            });
+            let bytes = noise.take(1 << 20).collect();
+            let pad = Binary { subtype: BinarySubtype::Generic, bytes };
+            batch.push(rawdoc! {"_id": token_of(time(n), Some(0)), "operationType": "delete", "pad": pad});
+        }
+        let token = token_of(time(changes - 1), Some(0));
+        Reply(rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token}, "ok": 1})
+    }
+
+    #[tokio::test]
+    async fn a_full_outbox_is_said_to_be_full_however_much_waits_behind_it() {
+        let quota = Quota { limit_bytes: 4 << 20, retention_bytes: 0, retention_time: Duration::ZERO };
+        let tasks = TaskTracker::new();
+        let logs = Logs::start(Arc::new(MemStore::new()), quota, &tasks).expect("start");
+        let history = History { incarnation: Incarnation([1; 16]), epoch: Epoch(1) };
+        let (capture, handle) = Capture::new(One(reply(8)), logs.log(&LogId::Outbox), history, Arc::default());
+        let cancel = CancellationToken::new();
+        let running = tasks.spawn(capture.run(cancel.clone()));
+        handle.begin(Position::before(ClusterTime::new(1, 0)), StreamHash::default()).await.expect("begins");
+        let mut status = handle.status();
+        for _ in 0..2 {
+            let stopped = status.wait_for(|now| matches!(now.phase, Phase::Full(_) | Phase::Retrying(_)));
+            let stopped = tokio::time::timeout(Duration::from_secs(20), stopped).await.expect("in time");
+            assert!(matches!(&stopped.expect("lives").phase, Phase::Full(_)));
+            status.mark_unchanged();
+            let tried = tokio::time::timeout(Duration::from_secs(20), status.changed());
+            tried.await.expect("tried again in time").expect("lives");
+        }
+        cancel.cancel();
+        running.await.expect("no panic").expect("no failure");
+    }
+}

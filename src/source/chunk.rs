@@ -199,7 +199,7 @@ fn strip(event: &RawDocument) -> Result<Stripped<'_>, ChunkError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use bson::{raw::RawArrayBuf, rawdoc};
 
     use super::*;
