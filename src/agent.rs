@@ -40,7 +40,7 @@ use crate::link::{Hub, HubConfig, HubInputs, Leadership, PeerConfig, SourceProgr
 use crate::model::{Epoch, Position, SiteName, StreamId};
 use crate::mongo;
 use crate::outbox::{EncryptionKey, LogId, Logs, Quota, RocksOptions, RocksStore, Store};
-use crate::source::capture::{Capture, CaptureStatus, History};
+use crate::source::capture::{Capture, CaptureStatus, History, Phase};
 use crate::source::fetch::Fetcher;
 use crate::source::heartbeat::{Head, Heartbeat};
 use crate::source::origin;
@@ -578,7 +578,7 @@ impl SourceParts {
                 captured,
                 captured_changes: now.flow.changes(),
                 captured_bytes: now.flow.bytes,
-                lost: now.phase.lost().is_some(),
+                lost: matches!(now.phase, Phase::Lost(_)),
             };
             self.progress.send_if_modified(|old| {
                 let moved = *old != progress;

@@ -101,10 +101,7 @@ impl AgentConsole {
             CapturePhase::Streaming if view.open => ("streaming", String::new()),
             CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
-            CapturePhase::HistoryLost(_) | CapturePhase::Rewound(_) => {
-                let (reason, hint) = capturing.phase.lost().expect("both are lost");
-                ("failed", format!("{reason} ({hint})"))
-            }
+            CapturePhase::Lost(lost) => ("failed", format!("{} ({})", lost.reason, lost.hint())),
             CapturePhase::Full(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {

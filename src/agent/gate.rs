@@ -87,7 +87,7 @@ impl Gate {
         };
         match serving::settled(&self.outbox, source.incarnation, &source.capture, at).await {
             Course::Serve => return Ok(()),
-            Course::Lost { reason, hint } => return Err(refusal(reason, hint)),
+            Course::Lost(lost) => return Err(refusal(&*lost.reason, lost.hint())),
             Course::Unsettled(doing) => {
                 let message =
                     format!("the target has more than this agent's outbox, and capture is not running: {doing}");

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::console::MongoView;
 use crate::admin::health::{Latch, Readiness};
-use crate::source::capture::CaptureStatus;
+use crate::source::capture::{CaptureStatus, Phase};
 
 /// See the module text.
 pub(super) struct Ready {
@@ -37,7 +37,7 @@ impl Ready {
             if self.mongo.borrow_and_update().reachable {
                 self.unreached = None;
             }
-            let lost = self.capture.borrow_and_update().phase.lost().is_some();
+            let lost = matches!(self.capture.borrow_and_update().phase, Phase::Lost(_));
             if lost != self.lost.is_some() {
                 self.lost = lost.then(|| self.readiness.latch("a resync, as history is lost"));
             }

@@ -62,7 +62,7 @@ const MAX_DEPTH: usize = 256;
 /// With more fields than this, each of which the server looks for, reading the document is cheaper.
 const MAX_PLAIN: usize = 64;
 /// With more updates than this, reading the document is cheaper.
-const MAX_RUNS: usize = 4;
+pub const MAX_UPDATES: usize = 5;
 /// The longest array that fits into a document; a longer one is not written to find that out.
 const MAX_ARRAY: usize = 4 << 20;
 
@@ -132,7 +132,7 @@ impl<'a> Diff<'a> {
         let plain = |name: &str| !matches!(name, "" | "_id") && !name.starts_with('$') && !name.contains('.');
         self.edits.len() <= MAX_PLAIN
             && self.edits.iter().all(|(name, edit)| !matches!(edit, Edit::Within(_)) && plain(name))
-            && self.runs().count() <= MAX_RUNS
+            && self.runs().count() < MAX_UPDATES
     }
 
     /// The updates (`u` of update statements, one after the other) of a plain diff. Fields end up where they are at the
@@ -176,7 +176,7 @@ impl<'a> Diff<'a> {
             Edit::Set(value) => *value,
             Edit::Moved => *self.inserts.iter().find(|new| new.key == name)?,
         };
-        rest.map_or(Some(whole), |rest| raw::get_path(whole.document().filter(|_| !whole.is_array())?, rest))
+        rest.map_or(Some(whole), |rest| raw::get_path(whole.object()?, rest))
     }
 }
 

@@ -18,8 +18,6 @@ use crate::mongo::Failure;
 const FIRST: usize = 8;
 /// Bytes of documents to be read at once, judged by those before; as many again hold what becomes of them.
 const READ_BYTES: usize = 4 << 20;
-/// A command with a document is larger than this only when the `_id` is, too.
-const COMMAND_BYTES: usize = 16 << 20;
 
 impl MongoTarget {
     /// Applies the diffs of one collection. A document that occurs several times is written once, as the last one leaves it.
@@ -50,7 +48,6 @@ impl MongoTarget {
     ) -> Result<usize, CommitError> {
         let mut documents = self.read_documents(session, entry, changes).await?;
         let read = documents.values().map(|document| document.as_bytes().len()).sum();
-        let mut touched = Vec::with_capacity(documents.len());
         for change in changes {
             let diverged =
                 |cause| CommitError::Diverged(Divergence::Document { collection, identity: change.identity, cause });
@@ -58,13 +55,13 @@ impl MongoTarget {
             let diff = Diff::parse(&change.update)
                 .map_err(|error| TargetError::Fatal { message: error.to_string(), hint: "upgrade this agent" })?;
             *document = diff.apply(document).map_err(|_| diverged(Cause::Shape))?;
-            if document.as_bytes().len() + change.key.as_bytes().len() > COMMAND_BYTES {
+            // A document is smaller than a command, but not with an `_id` of any size beside it.
+            if document.as_bytes().len() + change.key.as_bytes().len() > plan::COMMAND_LIMIT {
                 return Err(diverged(Cause::Large));
             }
-            touched.push(change);
         }
-        let written: Vec<_> = touched
-            .into_iter()
+        let written: Vec<_> = changes
+            .iter()
             .filter_map(|change| Some((change.key.clone(), documents.remove(&change.identity)?)))
             .collect();
         for part in split_by_bytes(&written) {
@@ -101,11 +98,10 @@ impl MongoTarget {
 }
 
 fn split_by_bytes(documents: &[(RawDocumentBuf, RawDocumentBuf)]) -> Vec<&[(RawDocumentBuf, RawDocumentBuf)]> {
-    const LIMIT: usize = 8 << 20;
     let (mut parts, mut start, mut bytes) = (Vec::new(), 0, 0);
     for (index, (_, document)) in documents.iter().enumerate() {
         let size = document.as_bytes().len();
-        if index > start && bytes + size > LIMIT {
+        if index > start && bytes + size > plan::COMMAND_BYTES {
             parts.push(&documents[start..index]);
             (start, bytes) = (index, 0);
         }

@@ -9,7 +9,7 @@ use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 
 use super::catalog::{Entries, Entry, Presence};
-use super::diff::{Diff, DiffError};
+use super::diff::{self, Diff, DiffError};
 use super::lanes::{Floor, Item};
 use crate::model::change::ParseError;
 use crate::model::raw::{self, Element, Writer};
@@ -18,9 +18,9 @@ use crate::model::{Change, ClusterTime, CollectionUuid, Op};
 /// Statements in one command, at most.
 const COMMAND_STATEMENTS: usize = 1_000;
 /// Bytes of one command before another is begun; one document more may follow, up to [`COMMAND_LIMIT`].
-const COMMAND_BYTES: usize = 8 << 20;
+pub(super) const COMMAND_BYTES: usize = 8 << 20;
 /// The server takes commands of 16 MiB and 16 KiB.
-const COMMAND_LIMIT: usize = 16 << 20;
+pub(super) const COMMAND_LIMIT: usize = 16 << 20;
 
 /// A document as the source has it at `at`; written in place of whatever the target has (rule K).
 #[derive(Clone, Debug)]
@@ -172,7 +172,7 @@ impl<'a> Grouper<'a> {
         }
         let key = change.document_key.expect("checked when parsed");
         // An update may become several statements, each with the key.
-        let size = item.bytes.len() + 5 * key.as_bytes().len();
+        let size = item.bytes.len() + diff::MAX_UPDATES * key.as_bytes().len();
         match change.op {
             Op::Insert => {
                 let document = change.full_document.expect("checked");

@@ -42,6 +42,11 @@ impl<'a> Element<'a> {
         self.kind == ARRAY
     }
 
+    /// The object; none for an array.
+    pub fn object(&self) -> Option<&'a RawDocument> {
+        self.document().filter(|_| !self.is_array())
+    }
+
     /// The object, or the array as an object of indexes.
     pub fn document(&self) -> Option<&'a RawDocument> {
         self.is_container().then(|| RawDocument::from_bytes(self.value).ok()).flatten()
@@ -140,7 +145,7 @@ pub fn get<'a>(document: &'a RawDocument, key: &str) -> Option<Element<'a>> {
 pub fn get_path<'a>(document: &'a RawDocument, path: &str) -> Option<Element<'a>> {
     let (name, rest) = path.split_once('.').map_or((path, None), |(name, rest)| (name, Some(rest)));
     let element = get(document, name)?;
-    rest.map_or(Some(element), |rest| get_path(element.document().filter(|_| !element.is_array())?, rest))
+    rest.map_or(Some(element), |rest| get_path(element.object()?, rest))
 }
 
 /// The first element named `key`, with the bytes before it (behind the length) and after it (with the terminator).

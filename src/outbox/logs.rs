@@ -1,11 +1,11 @@
 //! All logs of an agent over one store: opening, quota, shared state of the handles.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SetOnce, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -103,9 +103,7 @@ pub(super) struct Shared {
     pub(super) room: Arc<Semaphore>,
     pub(super) wake: Notify,
     pub(super) stop: CancellationToken,
-    pub(super) failed: OnceLock<String>,
-    /// Cancelled once `failed` is there.
-    pub(super) broken: CancellationToken,
+    pub(super) failed: SetOnce<String>,
     /// How long synced writes took.
     pub(super) commits: Mutex<Durations>,
 }
@@ -195,8 +193,7 @@ impl Logs {
             room: Arc::new(Semaphore::new(QUEUE_BYTES)),
             wake: Notify::new(),
             stop: CancellationToken::new(),
-            failed: OnceLock::new(),
-            broken: CancellationToken::new(),
+            failed: SetOnce::new(),
             commits: Mutex::default(),
         });
         let mut marks = BTreeMap::new();
@@ -248,8 +245,7 @@ impl Logs {
 
     /// [`Self::failed`], when it is so: the process must start again.
     pub async fn until_failed(&self) -> String {
-        self.shared.broken.cancelled().await;
-        self.failed().unwrap_or_default()
+        self.shared.failed.wait().await.clone()
     }
 }
 

@@ -194,7 +194,6 @@ impl Writer {
         {
             tracing::error!(%error, "commit to the log; it takes no more writes until the agent is restarted");
             drop(self.shared.failed.set(error.to_string()));
-            self.shared.broken.cancel();
         }
         (writes, result)
     }

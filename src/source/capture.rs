@@ -28,23 +28,26 @@ pub enum Phase {
     Retrying(String),
     /// The outbox is full; the oplog holds what follows.
     Full(String),
-    /// The history after the outbox's end is gone; the targets need a resync.
-    HistoryLost(String),
-    /// The source does not know the outbox's end: it was put back to an older copy. What was captured since may be undone
-    /// there, so no target goes on from it.
-    Rewound(String),
+    /// No target can go on at the outbox's end; it needs a resync.
+    Lost(Lost),
     /// Refused for good by the server, or the stream cannot be understood.
     Failed(String),
 }
 
-impl Phase {
-    /// Why no target can go on at the outbox's end, when that is so, and what to do.
-    pub fn lost(&self) -> Option<(&str, &'static str)> {
-        match self {
-            Self::HistoryLost(reason) => Some((reason, RESYNC)),
-            Self::Rewound(reason) => Some((reason, REWOUND)),
-            _ => None,
-        }
+/// A history that cannot be read on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// What the server says.
+    pub reason: String,
+    /// The source does not know the outbox's end: it was put back to an older copy. What was captured since may be undone
+    /// there. Otherwise what follows the outbox's end is gone.
+    pub rewound: bool,
+}
+
+impl Lost {
+    /// What to do.
+    pub fn hint(&self) -> &'static str {
+        if self.rewound { REWOUND } else { RESYNC }
     }
 }
 
@@ -221,10 +224,10 @@ impl<T: Tail> Capture<T> {
                 Disposition::Restart | Disposition::Operator => return Err(error),
             },
             EndReason::Tail(TailError::Interrupted(reason)) => (Phase::Retrying(reason), Some(backoff)),
-            EndReason::Tail(error @ TailError::HistoryLost(_)) => {
-                (Phase::HistoryLost(error.to_string()), Some(RETRY_MAX))
+            EndReason::Tail(error @ (TailError::HistoryLost(_) | TailError::Rewound(_))) => {
+                let rewound = matches!(error, TailError::Rewound(_));
+                (Phase::Lost(Lost { reason: error.to_string(), rewound }), Some(RETRY_MAX))
             }
-            EndReason::Tail(error @ TailError::Rewound(_)) => (Phase::Rewound(error.to_string()), Some(RETRY_MAX)),
             EndReason::Tail(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
             EndReason::Chunk(error) => (Phase::Failed(error.to_string()), Some(RETRY_MAX)),
         };
@@ -245,9 +248,7 @@ impl<T: Tail> Capture<T> {
             Phase::Full(reason) => {
                 tracing::error!(reason, hint = "bring the peer back or raise data.outbox_limit", "capture stopped")
             }
-            Phase::HistoryLost(reason) | Phase::Rewound(reason) => {
-                tracing::error!(reason, hint = phase.lost().map(|(_, hint)| hint), "capture stopped")
-            }
+            Phase::Lost(lost) => tracing::error!(reason = lost.reason, hint = lost.hint(), "capture stopped"),
             Phase::Failed(reason) => tracing::error!(reason, "capture stopped"),
         }
         self.status.send_modify(|status| status.phase = phase);

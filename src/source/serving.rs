@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::capture::{CaptureHandle, Phase};
+use super::capture::{CaptureHandle, Lost, Phase};
 use crate::model::{Incarnation, Position};
 use crate::outbox::{Log, LogState};
 
@@ -19,28 +19,22 @@ pub enum Course {
     /// Capture must first say whether it gets there; meanwhile it is doing this.
     Unsettled(String),
     /// What follows the outbox is gone, and the target has nothing of it.
-    Lost { reason: String, hint: &'static str },
+    Lost(Lost),
 }
 
 /// The course for a target that stands at `at`, with an `outbox` of the same history.
 pub fn course(outbox: Option<&LogState>, phase: &Phase, at: Position) -> Course {
     let Some(outbox) = outbox.filter(|outbox| outbox.first <= at) else { return Course::Begin };
     match phase {
-        phase if at == outbox.end && phase.lost().is_some() => lost(phase),
+        Phase::Lost(lost) if at == outbox.end || at > outbox.end && lost.rewound => Course::Lost(lost.clone()),
         _ if at <= outbox.end => Course::Serve,
         // The target has more than this outbox: another agent of the site has shipped it. A full one is trimmed once targets
         // say what they have applied, which they do in sessions; what another target may need is not dropped for this one.
         Phase::Streaming | Phase::Full(_) => Course::Serve,
-        Phase::HistoryLost(_) => Course::Begin,
-        Phase::Rewound(_) => lost(phase),
+        Phase::Lost(_) => Course::Begin,
         Phase::Waiting => Course::Unsettled("the change stream is being opened".into()),
         Phase::Retrying(reason) | Phase::Failed(reason) => Course::Unsettled(reason.clone()),
     }
-}
-
-fn lost(phase: &Phase) -> Course {
-    let (reason, hint) = phase.lost().unwrap_or_default();
-    Course::Lost { reason: reason.to_owned(), hint }
 }
 
 /// The course as it is once capture is reading or has lost its history, or after a while.
@@ -90,8 +84,8 @@ mod tests {
             Phase::Streaming,
             Phase::Retrying(reason()),
             Phase::Full(reason()),
-            Phase::HistoryLost(reason()),
-            Phase::Rewound(reason()),
+            Phase::Lost(Lost { reason: reason(), rewound: false }),
+            Phase::Lost(Lost { reason: reason(), rewound: true }),
             Phase::Failed(reason()),
         ]
     }
@@ -104,10 +98,11 @@ mod tests {
             for time in [10, 15, 19] {
                 assert_eq!(course(Some(&outbox(10, 20)), &phase, at(time)), Course::Serve, "{phase:?}");
             }
-            let lost = phase.lost().is_some();
-            let course = course(Some(&outbox(10, 20)), &phase, at(20));
-            assert_eq!(matches!(course, Course::Lost { .. }), lost, "{phase:?}");
-            assert_eq!(course == Course::Serve, !lost, "{phase:?}");
+            let expected = match &phase {
+                Phase::Lost(lost) => Course::Lost(lost.clone()),
+                _ => Course::Serve,
+            };
+            assert_eq!(course(Some(&outbox(10, 20)), &phase, at(20)), expected, "{phase:?}");
         }
     }
 
@@ -115,7 +110,7 @@ mod tests {
     fn a_target_that_is_ahead_is_waited_for_while_capture_may_get_there() {
         let courses = phases().map(|phase| course(Some(&outbox(10, 20)), &phase, at(99)));
         let unsettled = || Course::Unsettled("why".into());
-        let lost = lost(&Phase::Rewound("why".into()));
+        let lost = Course::Lost(Lost { reason: "why".into(), rewound: true });
         let opening = Course::Unsettled("the change stream is being opened".into());
         assert_eq!(courses, [opening, Course::Serve, unsettled(), Course::Serve, Course::Begin, lost, unsettled()]);
     }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use bson::raw::cstr;
 use bson::{Document, RawDocumentBuf, Timestamp, doc, rawdoc};
 use farshore_testkit::compare::Options;
-use farshore_testkit::mongo;
+use farshore_testkit::mongo::{self, User};
 use farshore_testkit::pair::{PairOptions, Sets, Side};
 use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
@@ -142,8 +142,7 @@ async fn empty_timestamps_stay_empty() -> Result<()> {
 /// The target's server deletes nothing by itself: the source may yet decide otherwise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ttl_indexes_and_users_write_nothing_at_the_target() -> Result<()> {
-    let parameter = |name: &str, value: &str| vec![(name.to_owned(), value.to_owned())];
-    let set_parameters = parameter("ttlMonitorSleepSecs", "1");
+    let set_parameters = vec![("ttlMonitorSleepSecs".to_owned(), "1".to_owned())];
     let sets = Sets::New(mongo::Options { set_parameters, ..mongo::Options::default() });
     let mut pair = pair(PairOptions { sets, ..PairOptions::default() }).await?;
     let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
@@ -168,6 +167,9 @@ async fn ttl_indexes_and_users_write_nothing_at_the_target() -> Result<()> {
     let shop =
         shop.run_command(doc! {"collMod": "sessions", "index": {"name": "ttl", "expireAfterSeconds": 2_000_000_000}});
     shop.await?;
+    let app = pair.site(Side::South).mongo.client(User::App)?.database("shop").collection::<Document>("sessions");
+    let written = app.insert_one(doc! {"_id": "own"}).await.expect_err("an application writes at the target");
+    ensure!(written.to_string().contains("blocked"), "{written}");
     let comparison = equal(&mut pair, &Options::default()).await?;
     println!("{comparison}");
     ensure!(comparison.documents >= 100, "the source kept its documents");

@@ -264,7 +264,7 @@ fn originate(
     parts.spawn(async move {
         loop {
             let captured = outbox.state().map(|state| state.end);
-            let lost = matches!(status.borrow().phase, Phase::HistoryLost(_));
+            let lost = matches!(status.borrow().phase, Phase::Lost(_));
             let now = SourceProgress { head: lock(&of).source.clock, captured, lost, ..SourceProgress::default() };
             progress.send_if_modified(|old| std::mem::replace(old, now) != now);
             let own = hub.stream_view(&stream()).and_then(|view| view.applied);
@@ -315,7 +315,8 @@ impl StartGate for SimGate {
             match serving::settled(&self.outbox, incarnation(), capture, at).await {
                 Course::Serve => return Ok(()),
                 Course::Begin => {}
-                Course::Lost { reason, .. } | Course::Unsettled(reason) => return Err(refusal(&reason)),
+                Course::Lost(lost) => return Err(refusal(&lost.reason)),
+                Course::Unsettled(reason) => return Err(refusal(&reason)),
             }
             {
                 let world = &mut *lock(&self.world);
@@ -328,7 +329,7 @@ impl StartGate for SimGate {
                     return Err(refusal("history lost"));
                 }
                 world.log(format!("the outbox begins again at {at}"));
-                let lost = matches!(capture.status().borrow().phase, Phase::HistoryLost(_));
+                let lost = matches!(capture.status().borrow().phase, Phase::Lost(_));
                 world.counts.begun_again += u64::from(lost);
             }
             capture.begin(at, hash).await.map_err(|error| refusal(&error.to_string()))

@@ -208,7 +208,7 @@ impl TargetDb {
                 }
                 Step::Patch { entry, collection, changes } => {
                     let Presence::Present(here) = entry.presence else { continue };
-                    self.patch(here, *collection, changes, undo)?;
+                    self.patch(here, *collection, entry.one_lane, changes, undo)?;
                 }
             }
         }
@@ -260,9 +260,15 @@ impl TargetDb {
         &mut self,
         here: CollectionUuid,
         source_uuid: CollectionUuid,
+        one_lane: bool,
         changes: &[Patch],
         undo: &mut Vec<Undo>,
     ) -> Result<(), Result<CommitError, String>> {
+        // Of several diffs of a document only what the last one leaves is written: where order counts there is one.
+        let keys: BTreeSet<u128> = changes.iter().map(|patch| patch.identity).collect();
+        if one_lane && keys.len() != changes.len() {
+            return Err(Err("a document of a one-lane collection is patched twice from one reading".into()));
+        }
         for patch in changes {
             let diverged =
                 Divergence::Document { collection: source_uuid, identity: patch.identity, cause: Cause::Shape };
