@@ -103,6 +103,7 @@ fn catalog() -> Entries {
         coll: "items".into(),
         presence: Presence::Present(CollectionUuid([8; 16])),
         one_lane: false,
+        collation: false,
         ddl_through: Position::ZERO,
     };
     Entries::from([(UUID, entry)])

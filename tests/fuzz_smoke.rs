@@ -106,7 +106,7 @@ fn stored_documents() -> Vec<Vec<u8>> {
     let lane = LaneState { position: at, parked: [(CollectionUuid([1; 16]), at)].into(), floors };
     let record = StreamRecord { incarnation: Incarnation([3; 16]), floor: at, hash: StreamHash(5), adopted: true };
     let presence = Presence::Present(CollectionUuid([4; 16]));
-    let entry = Entry { db: "d".into(), coll: "c".into(), presence, one_lane: true, ddl_through: at };
+    let entry = Entry { db: "d".into(), coll: "c".into(), presence, one_lane: true, collation: false, ddl_through: at };
     let mut entry = store::entry_fields(&entry);
     entry.insert("_id", doc! {"stream": "a/b", "collection": uuid()});
     vec![

@@ -76,7 +76,10 @@ fn stream() -> StreamRecord {
 }
 
 fn entries() -> [Entry; 3] {
-    let entry = |presence, one_lane| Entry { db: "d".into(), coll: "c".into(), presence, one_lane, ddl_through: at(3) };
+    let entry = |presence, one_lane| {
+        let (db, coll) = ("d".into(), "c".into());
+        Entry { db, coll, presence, one_lane, collation: one_lane, ddl_through: at(3) }
+    };
     [
         entry(Presence::Present(CollectionUuid([4; 16])), true),
         entry(Presence::Dropped, false),

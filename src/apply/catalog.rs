@@ -1,6 +1,6 @@
 //! What the target knows of the source's collections: their UUIDs here, how they are laned, what was done to them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -29,6 +29,8 @@ pub struct Entry {
     pub presence: Presence,
     /// Has a unique index other than `_id`, or a collation: one lane, in source order.
     pub one_lane: bool,
+    /// Has a collation: `_id`s that differ may be one and the same to the server.
+    pub collation: bool,
     /// Position of the last DDL applied to it.
     pub ddl_through: Position,
 }
@@ -65,11 +67,10 @@ impl Catalog {
         self.0.store(Arc::new(entries));
     }
 
-    /// The collection of this name that is present, if any.
-    pub fn named(&self, db: &str, coll: &str) -> Option<(CollectionUuid, Entry)> {
-        let entries = self.entries();
-        let present =
-            |entry: &Entry| !matches!(entry.presence, Presence::Dropped) && entry.db == db && entry.coll == coll;
-        entries.iter().find(|(_, entry)| present(entry)).map(|(uuid, entry)| (*uuid, entry.clone()))
+    /// Leaves out what was dropped and no replay can mention any more. Only the engine's task calls this.
+    pub fn forget(&self, dropped: &BTreeSet<CollectionUuid>) {
+        let mut entries = (*self.entries()).clone();
+        entries.retain(|uuid, _| !dropped.contains(uuid));
+        self.0.store(Arc::new(entries));
     }
 }

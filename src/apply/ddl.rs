@@ -90,7 +90,7 @@ async fn event(target: &MongoTarget, change: &Change<'_>, entries: &Entries) -> 
         }
     }
     if matches!(change.op, Op::CreateIndexes | Op::DropIndexes | Op::Modify) {
-        entry.one_lane = needs_one_lane(target, &entry, here).await?;
+        set_laning(target, &mut entry, here).await?;
     }
     changed.push((uuid, entry));
     Ok(changed)
@@ -102,6 +102,7 @@ fn refused(change: &Change<'_>, reason: String) -> Entry {
         coll: change.ns.coll.to_owned(),
         presence: Presence::Refused(reason),
         one_lane: true,
+        collation: false,
         ddl_through: change.position,
     }
 }
@@ -290,16 +291,17 @@ fn index_specs(description: &Document) -> Vec<Document> {
 }
 
 /// Cross-lane hazards exist where documents can get in each other's way.
-async fn needs_one_lane(target: &MongoTarget, entry: &Entry, here: CollectionUuid) -> Result<bool, TargetError> {
+async fn set_laning(target: &MongoTarget, entry: &mut Entry, here: CollectionUuid) -> Result<(), TargetError> {
     let options = find(target, &entry.db, doc! {"info.uuid": store::uuid(here)}).await?;
     let options = options.as_ref().and_then(|entry| entry.get_document("options").ok());
-    let special =
-        options.is_some_and(|o| matches!(o.get("collation"), Ok(Some(_))) || o.get_bool("capped").unwrap_or(false));
+    let capped = options.is_some_and(|options| options.get_bool("capped").unwrap_or(false));
+    entry.collation = options.is_some_and(|options| matches!(options.get("collation"), Ok(Some(_))));
     let unique = |index: &Document| {
         let flag = |name| index.get_bool(name).unwrap_or(false);
         index.get_str("name").is_ok_and(|name| name != "_id_") && (flag("unique") || flag("prepareUnique"))
     };
-    Ok(special || indexes_of(target, entry).await?.iter().any(unique))
+    entry.one_lane = capped || entry.collation || indexes_of(target, entry).await?.iter().any(unique);
+    Ok(())
 }
 
 async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid) -> Result<Changed, TargetError> {
@@ -311,7 +313,7 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
     for internal in ["idIndex", "temp", "autoIndexId"] {
         options.remove(internal);
     }
-    let one_lane = options.contains_key("collation");
+    let collation = options.contains_key("collation");
     let (db, coll) = (change.ns.db, change.ns.coll);
     let there = find(target, db, doc! {"name": coll}).await?;
     let here = match there.as_deref().and_then(mongo::uuid_of) {
@@ -326,7 +328,8 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
                 db: db.into(),
                 coll: coll.into(),
                 presence: Presence::Present(found),
-                one_lane,
+                one_lane: collation,
+                collation,
                 ddl_through: change.position,
             };
             drop_collection(target, change.position, &entry, found).await?;
@@ -338,7 +341,8 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
         db: db.into(),
         coll: coll.into(),
         presence: Presence::Present(here),
-        one_lane,
+        one_lane: collation,
+        collation,
         ddl_through: change.position,
     };
     Ok(vec![(uuid, entry)])
@@ -419,6 +423,7 @@ async fn adopt(
         coll: coll.to_owned(),
         presence: Presence::Refused("it was at the source before the stream began and is not at the target".into()),
         one_lane: true,
+        collation: false,
         ddl_through: position,
     };
     let capped = found
@@ -429,7 +434,7 @@ async fn adopt(
         Some(_) if capped => entry.presence = Presence::Refused("capped collections are not replicated yet".into()),
         Some(here) => {
             entry.presence = Presence::Present(here);
-            entry.one_lane = needs_one_lane(target, &entry, here).await?;
+            set_laning(target, &mut entry, here).await?;
         }
         None => {}
     }
@@ -539,7 +544,8 @@ mod tests {
         let (uuid, here) = (CollectionUuid([1; 16]), CollectionUuid([2; 16]));
         let known = |through| {
             let presence = Presence::Present(here);
-            let entry = Entry { db: "d".into(), coll: "v".into(), presence, one_lane: false, ddl_through: through };
+            let (db, coll) = ("d".into(), "v".into());
+            let entry = Entry { db, coll, presence, one_lane: false, collation: false, ddl_through: through };
             BTreeMap::from([(uuid, entry)])
         };
         assert!(collection_in_the_way(&change, here, &known(at(7))).is_empty());

@@ -11,6 +11,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::heal::{FetchClient, RETRY_MAX, RETRY_MIN};
+use super::lanes::Job;
+use super::route::PartLimit;
 use super::session::{End, Session};
 use super::status::{ApplyStatus, Phase};
 use super::target::{Target, TargetError};
@@ -43,6 +45,8 @@ pub struct Engine<T, F> {
     pub(super) counted_ddl: Mutex<BTreeSet<Position>>,
     /// Changes in one transaction, at most; fewer for a while after the server would not take one.
     pub(super) job_changes: AtomicUsize,
+    /// What of a source transaction is applied as a whole.
+    pub(super) parts: Mutex<PartLimit>,
 }
 
 /// Changes in one transaction, at most.
@@ -72,17 +76,31 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
         options: Options,
     ) -> (Self, watch::Receiver<ApplyStatus>) {
         let (status, seen) = watch::channel(ApplyStatus::default());
-        let (counted_ddl, job_changes) = (Mutex::default(), AtomicUsize::new(JOB_CHANGES));
-        (Self { target, fetch, source, inbox, term, options, status, counted_ddl, job_changes }, seen)
+        let (counted_ddl, job_changes, parts) = (Mutex::default(), AtomicUsize::new(JOB_CHANGES), Mutex::default());
+        (Self { target, fetch, source, inbox, term, options, status, counted_ddl, job_changes, parts }, seen)
     }
 
-    /// A transaction of so many changes failed again and again: it may write more than the server's cache takes.
-    pub(super) fn smaller_jobs(&self, failed: usize) {
-        let fewer = (failed / 8).max(1);
-        self.job_changes.store(fewer, Ordering::Relaxed);
-        if failed > 1 {
-            tracing::warn!(changes = fewer, "transactions are made smaller for a while");
+    /// The server's cache does not take a job: the next ones are smaller, and so is what of a source transaction is applied
+    /// as a whole when the job was that. Returns what ends the session.
+    pub(super) fn too_large(&self, job: &Job, message: String) -> TargetError {
+        let changes = job.items.len() / 8;
+        if job.items.len() <= 1 {
+            return TargetError::Fatal { message, hint: "give the target's mongod a larger WiredTiger cache" };
         }
+        if job.meeting {
+            let bytes = job.items.iter().map(|item| item.bytes.len()).sum::<usize>() / 8;
+            *self.parts.lock().expect("no holder panics") = PartLimit { changes: changes.max(1), bytes };
+            tracing::warn!(
+                changes,
+                bytes,
+                hint = "give the target's mongod a larger WiredTiger cache",
+                "a source transaction is too large for the target's cache; such are applied in parts from now on"
+            );
+        } else {
+            self.job_changes.store(changes.max(1), Ordering::Relaxed);
+            tracing::warn!(changes, "transactions are made smaller for a while");
+        }
+        TargetError::TooLarge(message)
     }
 
     /// A transaction was committed.

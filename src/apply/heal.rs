@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bson::raw::{RawDocument, RawDocumentBuf};
 use bytes::Bytes;
 use farshore_api::replication::v1::{Fetch, Fetched};
 use tokio::sync::watch;
@@ -19,7 +20,8 @@ use super::plan::{Floors, Resolved};
 use super::status::ApplyStatus;
 use super::suspects::key_of;
 use super::target::{Cause, CommitError, Divergence, Suspect, Target, TargetError, Transaction};
-use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash, raw};
+use crate::model::raw::{self, Writer};
+use crate::model::{ClusterTime, CollectionUuid, LaneId, SiteName, hash};
 
 /// Fetches documents from the source (rule K).
 pub trait FetchClient: Send + Sync + 'static {
@@ -31,6 +33,9 @@ pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A transaction that was tried for so long without success is shown as what holds the stream.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Nobody else writes what a transaction writes. One that conflicted for so long is too large for the server's cache: not
+/// every version of MongoDB says so.
+const CONFLICTS: Duration = Duration::from_secs(20);
 /// Keys asked for in one fetch; the answer may hold fewer.
 const FETCH_KEYS: usize = 100;
 /// A job that keeps diverging without anything left to fetch is beyond healing by documents.
@@ -82,7 +87,10 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 }
             };
             match failed {
-                TargetError::Transient(reason) if began.elapsed() < PATIENCE => {
+                TargetError::Conflict(reason) if began.elapsed() >= CONFLICTS => {
+                    return Err(TargetError::TooLarge(reason));
+                }
+                TargetError::Conflict(reason) | TargetError::Transient(reason) if began.elapsed() < PATIENCE => {
                     tracing::debug!(reason, "transaction tried again");
                     self.status.send_modify(|status| status.retries += 1);
                     tokio::time::sleep(delay).await;
@@ -133,7 +141,9 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             }
         }
         if wanted.is_empty() {
-            self.bring_ahead(&judged, divergence, resolved, &mut wanted);
+            for collection in self.collections_ahead(&judged, divergence) {
+                self.bring_ahead(&judged, collection, resolved, &mut wanted);
+            }
             tokio::time::sleep(RETRY_MIN).await;
         }
         let mut count = 0;
@@ -154,9 +164,23 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 });
             }
             count += suspects.iter().filter(|s| !known.contains(&(s.collection, s.identity))).count();
-            resolved.extend(self.fetch_all(collection, suspects).await?);
+            let fetched = self.fetch_all(collection, suspects).await?;
+            let again: BTreeSet<u128> = fetched.iter().map(|one| one.floor.key).collect();
+            resolved.retain(|one| one.floor.collection != collection || !again.contains(&one.floor.key));
+            resolved.extend(fetched);
         }
         Ok(count)
+    }
+
+    /// The collections whose documents must all be as new as those that are ahead: where a unique value is held by one
+    /// that was fetched, and where `_id`s that differ may be the same to the server.
+    fn collections_ahead(&self, judged: &[Item], divergence: &Divergence) -> BTreeSet<CollectionUuid> {
+        let folds = |uuid: &CollectionUuid| self.entries.get(uuid).is_some_and(|entry| entry.collation);
+        match divergence {
+            Divergence::Unique { collection, .. } | Divergence::Ahead { collection } => BTreeSet::from([*collection]),
+            Divergence::Somewhere => judged.iter().map(|item| item.collection).filter(folds).collect(),
+            Divergence::Document { .. } => BTreeSet::new(),
+        }
     }
 
     /// What was lost by a failover of the target is no divergence: nothing is said of documents before it is sure that the
@@ -169,34 +193,32 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         }
     }
 
-    /// A unique value is held by a document that was fetched, and so is ahead of these changes: what collides with it
-    /// must be as new. So everything the job does to that collection is fetched; and when that was done already, at times
-    /// that do not fit together, all of it once more.
+    /// What collides with a document that is ahead must be as new. So everything the job does to that collection is
+    /// fetched; and when that was done already, at times that do not fit together, all of it once more.
     fn bring_ahead(
         &self,
         judged: &[Item],
-        divergence: &Divergence,
+        collection: CollectionUuid,
         resolved: &mut Vec<Resolved>,
         wanted: &mut BTreeMap<CollectionUuid, Vec<Suspect>>,
     ) {
-        let Divergence::Unique { collection, .. } = divergence else { return };
-        let ahead = |identity, key| Suspect { collection: *collection, identity, key, cause: Cause::Ahead };
+        let ahead = |identity, key| Suspect { collection, identity, key, cause: Cause::Ahead };
         let mut keys: BTreeMap<u128, Suspect> = BTreeMap::new();
-        for item in judged.iter().filter(|item| item.collection == *collection) {
+        for item in judged.iter().filter(|item| item.collection == collection) {
             if let Some(key) = key_of(item) {
                 keys.insert(item.key, ahead(item.key, key));
             }
         }
         let mine: BTreeSet<u128> =
-            resolved.iter().filter(|r| r.floor.collection == *collection).map(|r| r.floor.key).collect();
+            resolved.iter().filter(|r| r.floor.collection == collection).map(|r| r.floor.key).collect();
         if keys.keys().all(|key| mine.contains(key)) {
-            let again = resolved.extract_if(.., |r| r.floor.collection == *collection);
+            let again = resolved.extract_if(.., |r| r.floor.collection == collection);
             keys = again.map(|r| (r.floor.key, ahead(r.floor.key, r.key))).collect();
         } else {
             keys.retain(|key, _| !mine.contains(key));
         }
         if !keys.is_empty() {
-            wanted.insert(*collection, keys.into_values().collect());
+            wanted.insert(collection, keys.into_values().collect());
         }
     }
 
@@ -206,7 +228,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         suspects: Vec<Suspect>,
     ) -> Result<Vec<Resolved>, TargetError> {
         let Some(entry) = self.entries.get(&collection) else { return Ok(Vec::new()) };
-        let mut resolved = Vec::new();
+        let mut resolved: BTreeMap<u128, Resolved> = BTreeMap::new();
         let mut rest = &suspects[..];
         while !rest.is_empty() {
             let part = &rest[..rest.len().min(FETCH_KEYS)];
@@ -228,12 +250,13 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             }
             for (index, suspect) in part[..answered].iter().enumerate() {
                 let document = fetched.documents.get(index).filter(|d| !d.is_empty() && !fetched.collection_gone);
-                let floor = Floor { collection, key: suspect.identity, at };
-                resolved.push(Resolved { floor, key: suspect.key.clone(), document: document.cloned() });
+                for one in answers(collection, suspect, document, at)? {
+                    resolved.insert(one.floor.key, one);
+                }
             }
             rest = &rest[answered..];
         }
-        Ok(resolved)
+        Ok(resolved.into_values().collect())
     }
 
     /// The lane states to store: floors of fetched documents go to the lane their changes come in.
@@ -259,7 +282,31 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
     }
 }
 
-fn key_text(key: &bson::RawDocument) -> String {
+/// What the source's answer says of a document. Under a collation it may be the one with another `_id` that is the same to
+/// the server: then that one is there, in the place of the one asked for.
+fn answers(
+    collection: CollectionUuid,
+    asked: &Suspect,
+    document: Option<&Bytes>,
+    at: ClusterTime,
+) -> Result<Vec<Resolved>, TargetError> {
+    let resolved = |identity, key: &RawDocumentBuf, document| {
+        let floor = Floor { collection, key: identity, at };
+        Resolved { floor, key: key.clone(), document }
+    };
+    let Some(bytes) = document else { return Ok(vec![resolved(asked.identity, &asked.key, None)]) };
+    let id = RawDocument::from_bytes(bytes).ok().and_then(|document| raw::get(document, "_id"));
+    let id = id.ok_or_else(|| TargetError::Transient("fetch: a document without `_id` came back".into()))?;
+    let identity = hash::key_identity(&id);
+    if identity == asked.identity {
+        return Ok(vec![resolved(identity, &asked.key, Some(bytes.clone()))]);
+    }
+    let mut key = Writer::document();
+    key.copy(&id);
+    Ok(vec![resolved(asked.identity, &asked.key, None), resolved(identity, &key.finish(), Some(bytes.clone()))])
+}
+
+fn key_text(key: &RawDocument) -> String {
     let value = bson::Document::try_from(key).map(|d| bson::Bson::Document(d).into_relaxed_extjson().to_string());
     let mut text = value.unwrap_or_else(|_| "unreadable".into());
     if let Some((end, _)) = text.char_indices().nth(200) {

@@ -235,6 +235,8 @@ struct Running {
 pub struct Lanes {
     lanes: Vec<Lane>,
     collections: BTreeMap<CollectionUuid, Collection>,
+    /// Those with changes behind their gate.
+    gated: BTreeSet<CollectionUuid>,
     databases: BTreeMap<String, VecDeque<DdlId>>,
     meetings: BTreeMap<Position, Meeting>,
     ddls: BTreeMap<DdlId, Ddl>,
@@ -258,6 +260,7 @@ impl Lanes {
         Self {
             lanes,
             collections: BTreeMap::new(),
+            gated: BTreeSet::new(),
             databases: BTreeMap::new(),
             meetings: BTreeMap::new(),
             ddls: BTreeMap::new(),
@@ -279,6 +282,14 @@ impl Lanes {
         let collection = self.collections.entry(uuid).or_default();
         collection.one_lane = one_lane;
         collection.applied_through = collection.applied_through.max(applied_through);
+    }
+
+    /// No change of this collection can come any more: it was dropped below the floor.
+    pub fn forget_collection(&mut self, uuid: CollectionUuid) {
+        let idle = |c: &Collection| c.gate.is_empty() && c.singles == 0 && c.meetings.is_empty();
+        if self.collections.get(&uuid).is_some_and(idle) {
+            self.collections.remove(&uuid);
+        }
     }
 
     /// Bytes of changes that wait or run.
@@ -324,6 +335,7 @@ impl Lanes {
             self.lanes[lane.index()].queue.push_back(Entry::Change(item));
         } else {
             collection.gate(uuid, item);
+            self.gated.insert(uuid);
         }
     }
 
@@ -425,6 +437,9 @@ impl Lanes {
         collection.first_gated.clear();
         for (lane, position) in rest {
             collection.first_gated.entry(lane).or_insert(position);
+        }
+        if collection.first_gated.is_empty() {
+            self.gated.remove(&uuid);
         }
     }
 
@@ -547,8 +562,8 @@ impl Lanes {
                 }
             }
         }
-        for (uuid, collection) in &self.collections {
-            if let Some(first) = collection.first_gated.get(&lane) {
+        for uuid in &self.gated {
+            if let Some(first) = self.collections[uuid].first_gated.get(&lane) {
                 park(*uuid, *first);
             }
         }
@@ -589,7 +604,7 @@ impl Lanes {
     pub fn floor(&self) -> Position {
         let queued = self.lanes.iter().filter_map(|lane| Some(lane.queue.front()?.first(&self.meetings)));
         let running = self.running.values().map(|job| job.first);
-        let gated = self.collections.values().filter_map(|c| c.first_gated.values().min().copied());
+        let gated = self.gated.iter().filter_map(|uuid| self.collections[uuid].first_gated.values().min().copied());
         let ddl = self.ddls.keys().map(|(position, _)| *position);
         let waiting = queued.chain(running).chain(gated).chain(ddl).min();
         waiting.map_or(self.read, |first| first.predecessor().min(self.read))

@@ -35,7 +35,9 @@ impl From<Failure> for TargetError {
     fn from(failure: Failure) -> Self {
         let message = failure.to_string();
         match failure.code() {
+            None if failure.server_code == Some(code::WRITE_CONFLICT) => Self::Conflict(message),
             None if failure.is_transient() => Self::Transient(message),
+            Some(code::TOO_LARGE_FOR_CACHE) => Self::TooLarge(message),
             Some(code::USER_WRITES_BLOCKED) => Self::Fatal {
                 message,
                 hint: "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README",
@@ -381,7 +383,6 @@ pub(super) fn find_command<'a>(
     command.finish()
 }
 
-/// Commands of patched documents stay below the server's message limit.
 impl Target for MongoTarget {
     async fn record(&self) -> Result<Option<StreamRecord>, TargetError> {
         let stored = self.stored_stream().await?;
@@ -461,7 +462,7 @@ impl Target for MongoTarget {
         match self.run_transaction(&mut session, held.term, transaction, steps).await {
             Ok(()) => match session.commit_transaction().await.map_err(self.failed("commit a transaction")) {
                 Ok(()) => Ok(()),
-                Err(failure) if failure.transaction_aborted => Err(TargetError::Transient(failure.to_string()).into()),
+                Err(failure) if failure.transaction_aborted => Err(TargetError::from(failure).into()),
                 // Committed or not: only the stored lanes can tell.
                 Err(failure) => Err(TargetError::Moved(failure.to_string()).into()),
             },
@@ -490,10 +491,21 @@ impl Target for MongoTarget {
             Divergence::Document { collection, identity, cause } => {
                 suspects.extend(suspects::named(items, *collection, *identity, *cause));
             }
+            Divergence::Ahead { .. } => return Ok(suspects),
             Divergence::Somewhere => {}
         }
         suspects.extend(self.unmatched(items, entries).await?);
         Ok(suspects)
+    }
+
+    async fn forget(&self, through: Position) -> Result<(), TargetError> {
+        let dropped =
+            doc! {"_id.stream": self.stream_id(), "state": "dropped", "ddlThrough": {"$lte": store::position(through)}};
+        let command = doc! {"delete": "catalog", "deletes": [{"q": dropped, "limit": 0}]};
+        mongo::run_majority(&self.client, DB, command, "forget dropped collections")
+            .await
+            .map_err(|f| self.counted(f))?;
+        Ok(())
     }
 
     fn errors(&self) -> BTreeMap<i32, u64> {

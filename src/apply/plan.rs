@@ -81,6 +81,9 @@ pub enum PlanError {
     /// The change came without its document.
     #[error("change at {0} must be fetched again")]
     NeedsFetch(crate::model::Position),
+    /// Others of its collection, whose `_id`s may be the same to the server, are ahead of the change.
+    #[error("change at {position}: others of its collection are ahead")]
+    Ahead { position: crate::model::Position, collection: CollectionUuid },
 }
 
 /// Documents that are ahead of their lane, by collection and identity.
@@ -103,6 +106,9 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
         let unknown = PlanError::Unknown { position: item.position, collection: item.collection };
         let entry = catalog.get(&item.collection).ok_or(unknown)?;
         let Presence::Present(_) = entry.presence else { continue };
+        if entry.collation && others_ahead(&ahead, item) {
+            return Err(PlanError::Ahead { position: item.position, collection: item.collection });
+        }
         let slot = *index.entry(item.collection).or_insert_with(|| {
             collections.push((item.collection, Grouper::new(entry)));
             collections.len() - 1
@@ -113,6 +119,11 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
         grouper.finish(uuid, &mut steps);
     }
     Ok(steps)
+}
+
+fn others_ahead(floors: &Floors, item: &Item) -> bool {
+    let collection = (item.collection, u128::MIN)..=(item.collection, u128::MAX);
+    floors.range(collection).any(|(_, at)| *at >= item.position.time)
 }
 
 fn resolve(resolved: &[Resolved], catalog: &Entries, ahead: &mut Floors, steps: &mut Vec<Step>) {
@@ -416,6 +427,7 @@ mod tests {
             coll: "c".into(),
             presence: Presence::Present(CollectionUuid([8; 16])),
             one_lane,
+            collation: false,
             ddl_through: Position::ZERO,
         };
         BTreeMap::from([(UUID, entry)])

@@ -31,7 +31,6 @@ pub(super) fn hint_of(code: i32) -> &'static str {
         code::USER_WRITES_BLOCKED => {
             "the agent's user needs the privilege bypassWriteBlockingMode; see the role in the README"
         }
-        code::TOO_LARGE_FOR_CACHE => "give the target's mongod a larger WiredTiger cache; it is tried again by itself",
         code::UNAUTHORIZED => "grant the agent's user the role in the README",
         _ => "see the message of MongoDB",
     }
@@ -41,7 +40,9 @@ impl WriteError {
     /// As the reason of something that was not done.
     pub(super) fn into_target(self, doing: &str) -> TargetError {
         match self.code {
-            code::WRITE_CONFLICT | 251 | 24 => TargetError::Transient(self.message),
+            code::WRITE_CONFLICT => TargetError::Conflict(self.message),
+            251 | 24 => TargetError::Transient(self.message),
+            code::TOO_LARGE_FOR_CACHE => TargetError::TooLarge(self.message),
             code::UUID_MISMATCH | code::NAMESPACE_NOT_FOUND => TargetError::Fatal {
                 message: format!("{doing}: {}", self.message),
                 hint: "a replicated collection was dropped or replaced at the target; it must be copied again",
@@ -68,6 +69,7 @@ impl WriteError {
 pub(super) fn plan_error(error: PlanError) -> CommitError {
     match error {
         PlanError::NeedsFetch(_) => CommitError::Diverged(Divergence::Somewhere),
+        PlanError::Ahead { collection, .. } => CommitError::Diverged(Divergence::Ahead { collection }),
         other => TargetError::Fatal {
             message: other.to_string(),
             hint: "the change is kept in the inbox; upgrade or report it",

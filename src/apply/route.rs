@@ -20,6 +20,21 @@ pub const PART_BYTES: usize = 16 << 20;
 /// A unit of more changes than this is applied in parts.
 pub const PART_CHANGES: usize = 20_000;
 
+/// How much of a unit is applied as a whole.
+#[derive(Clone, Copy, Debug)]
+pub struct PartLimit {
+    /// Bytes of changes.
+    pub bytes: usize,
+    /// Changes.
+    pub changes: usize,
+}
+
+impl Default for PartLimit {
+    fn default() -> Self {
+        Self { bytes: PART_BYTES, changes: PART_CHANGES }
+    }
+}
+
 /// What the lanes are given.
 #[derive(Debug)]
 pub enum Unit {
@@ -48,6 +63,7 @@ pub struct Router {
     open: Vec<Item>,
     open_bytes: usize,
     open_time: ClusterTime,
+    limit: PartLimit,
     /// Part of the open unit was handed on already.
     split: bool,
     ddl_parts: u32,
@@ -59,8 +75,8 @@ pub struct Router {
 
 impl Router {
     /// Goes on behind a position; one of ordinal 0 is no part of a unit.
-    pub fn behind(position: Position) -> Self {
-        Self { open_time: position.time, split: position.ordinal > 0, ..Self::default() }
+    pub fn behind(position: Position, limit: PartLimit) -> Self {
+        Self { open_time: position.time, limit, split: position.ordinal > 0, ..Self::default() }
     }
 
     /// Whether no unit is partly handed on.
@@ -130,7 +146,7 @@ impl Router {
                     key: hash::key_identity(&id),
                     doc_lane: hash::lane_of(uuid, &id),
                 });
-                if self.open_bytes >= PART_BYTES || self.open.len() >= PART_CHANGES {
+                if self.open_bytes >= self.limit.bytes || self.open.len() >= self.limit.changes {
                     self.hand_on(false, units);
                 }
             }
@@ -181,8 +197,12 @@ impl Router {
             }
             _ => keys.push(database(change.ns.db)),
         }
-        if change.op == Op::Create {
-            self.announced.extend(change.uuid);
+        match change.op {
+            Op::Create => self.announced.extend(change.uuid),
+            // Nothing follows of what is gone.
+            Op::Drop => drop(change.uuid.map(|uuid| self.announced.remove(&uuid))),
+            Op::Rename => drop(dropped_by_rename(change).map(|uuid| self.announced.remove(&uuid))),
+            _ => {}
         }
         let id = self.ddl_id(change.position);
         units.push(Unit::Ddl {
@@ -248,6 +268,7 @@ mod tests {
             coll: "c".into(),
             presence: super::super::catalog::Presence::Dropped,
             one_lane: false,
+            collation: false,
             ddl_through: Position::ZERO,
         };
         Entries::from([(CollectionUuid([1; 16]), entry)])
@@ -330,14 +351,14 @@ mod tests {
 
     #[test]
     fn behind_a_part_of_a_unit_there_is_no_cut_until_its_end() {
-        let mut router = Router::behind(Position::new(ClusterTime(2), 2));
+        let mut router = Router::behind(Position::new(ClusterTime(2), 2), PartLimit::default());
         assert!(!router.at_cut());
         let rest = changes(1, &[(2, 3, event("insert", 3)), (3, 1, event("insert", 4))], true);
         let mut units = Vec::new();
         router.feed(&rest, Position::new(ClusterTime(2), 2), &known(), &mut units).expect("feed");
         assert!(router.at_cut());
         assert!(matches!(&units[..], [Unit::Together { whole: true, .. }, Unit::Change(_)]), "{units:?}");
-        assert!(Router::behind(Position::before(ClusterTime(2))).at_cut());
+        assert!(Router::behind(Position::before(ClusterTime(2)), PartLimit::default()).at_cut());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! One task owns all state; transactions and DDL run beside it and report back. Whatever it cannot be sure of any more
 //! (an unknown commit, a new primary, a takeover) ends the session, and the next one starts from what is stored.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -53,6 +53,7 @@ enum Report {
     Applied { worker: usize, job: Job, result: Result<Vec<(LaneId, Floor)>, TargetError> },
     Ddl { id: DdlId, step: DdlStep, result: Result<Vec<(CollectionUuid, Entry)>, TargetError> },
     Confirmed { floor: Position, positions: Vec<Position>, persisted: Option<Position>, result: Confirmation },
+    Forgotten { through: Position, result: Result<(), TargetError> },
 }
 
 type Confirmation = Result<(Vec<Position>, Election), TargetError>;
@@ -74,6 +75,9 @@ pub(super) struct Session<'e, T, F> {
     catalog: Catalog,
     router: Router,
     steps: BTreeMap<DdlId, DdlStep>,
+    /// Collections that were dropped, by the position of that; they are forgotten once the stored floor is past it.
+    dropped: BTreeSet<(Position, CollectionUuid)>,
+    forgetting: bool,
     floors: Arc<Floors>,
     tasks: JoinSet<Report>,
     idle: Vec<usize>,
@@ -115,19 +119,18 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         }
         let claim = engine.target.claim(engine.term, engine.options.workers).await?;
         let (_, election) = engine.target.confirm(None).await?;
-        let mut lanes = Lanes::new(claim.lanes, claim.record.floor);
-        for (uuid, entry) in &claim.entries {
-            lanes.set_collection(*uuid, entry.one_lane, entry.ddl_through);
-        }
+        let lanes = Lanes::new(claim.lanes, claim.record.floor);
         let from = lanes.read();
-        let session = Self {
+        let mut session = Self {
             engine,
             reader: engine.inbox.reader(from),
             floors: Arc::new(floors_of(&lanes)),
             lanes,
             catalog: Catalog::new(claim.entries),
-            router: Router::behind(from),
+            router: Router::behind(from, *engine.parts.lock().expect("no holder panics")),
             steps: BTreeMap::new(),
+            dropped: BTreeSet::new(),
+            forgetting: false,
             tasks: JoinSet::new(),
             idle: (0..engine.options.workers).collect(),
             borders: VecDeque::new(),
@@ -142,6 +145,10 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         };
         // What was being healed is found again.
         engine.status.send_modify(|status| status.healing = 0);
+        for (uuid, entry) in &*session.catalog.entries() {
+            session.note(*uuid, entry);
+        }
+        session.publish_refused();
         session.publish();
         Ok(session)
     }
@@ -151,6 +158,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         self.start_ddl();
         self.start_jobs();
         self.start_confirm();
+        self.start_forget();
         self.publish_cut();
         let hungry = self.lanes.bytes() < self.engine.options.memory && self.unreadable.is_none();
         let behind = self.lanes.floor() > self.confirmed || self.to_persist.is_some();
@@ -244,7 +252,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                 let mut delay = RETRY_MIN;
                 let mut result = attempt().await;
                 for _ in 0..DDL_ATTEMPTS {
-                    let Err(TargetError::Transient(reason)) = &result else { break };
+                    let Err(TargetError::Transient(reason) | TargetError::Conflict(reason)) = &result else { break };
                     tracing::debug!(reason, "ddl tried again");
                     tokio::time::sleep(delay).await;
                     delay = (delay * 2).min(RETRY_MAX);
@@ -253,6 +261,16 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                 Report::Ddl { id, step, result }
             });
         }
+    }
+
+    fn start_forget(&mut self) {
+        let through = self.persisted;
+        if self.forgetting || self.dropped.first().is_none_or(|(at, _)| *at > through) {
+            return;
+        }
+        self.forgetting = true;
+        let target = Arc::clone(&self.engine.target);
+        self.tasks.spawn(async move { Report::Forgotten { through, result: target.forget(through).await } });
     }
 
     fn start_confirm(&mut self) {
@@ -273,21 +291,22 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
     fn report(&mut self, report: Report) -> Result<(), End> {
         match report {
             Report::Applied { worker, job, result } => {
-                if matches!(result, Err(TargetError::Transient(_))) && !job.meeting {
-                    self.engine.smaller_jobs(job.items.len());
-                }
-                let floors = result?;
+                let floors = result.map_err(|error| match error {
+                    TargetError::TooLarge(message) => self.engine.too_large(&job, message),
+                    other => other,
+                })?;
                 self.engine.larger_jobs();
                 self.idle.push(worker);
                 self.applied(&job, floors);
             }
             Report::Ddl { id, step, result } => {
                 for (uuid, entry) in result? {
-                    self.lanes.set_collection(uuid, entry.one_lane, entry.ddl_through);
+                    self.note(uuid, &entry);
                     self.catalog.put(uuid, entry);
                 }
                 self.lanes.ddl_done(id);
                 self.count_ddl(&step);
+                self.publish_refused();
                 self.publish();
             }
             Report::Confirmed { floor, positions, persisted, result } => {
@@ -296,8 +315,28 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                 self.confirming = false;
                 self.confirmed(floor, persisted);
             }
+            Report::Forgotten { through, result } => {
+                result?;
+                self.forgetting = false;
+                self.forget(through);
+            }
         }
         Ok(())
+    }
+
+    /// Takes in what the catalog says of a collection.
+    fn note(&mut self, uuid: CollectionUuid, entry: &Entry) {
+        self.lanes.set_collection(uuid, entry.one_lane, entry.ddl_through);
+        if entry.presence == Presence::Dropped {
+            self.dropped.insert((entry.ddl_through, uuid));
+        }
+    }
+
+    fn forget(&mut self, through: Position) {
+        let (gone, kept) = std::mem::take(&mut self.dropped).into_iter().partition(|(at, _)| *at <= through);
+        self.dropped = kept;
+        gone.iter().for_each(|(_, uuid)| self.lanes.forget_collection(*uuid));
+        self.catalog.forget(&gone.into_iter().map(|(_, uuid)| uuid).collect());
     }
 
     /// A step that is done again after a new beginning is counted once.
@@ -360,13 +399,23 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         self.engine.status.send_if_modified(|status| std::mem::replace(&mut status.at_cut, at_cut) != at_cut);
     }
 
-    fn publish(&self) {
+    fn publish_refused(&self) {
         let entries = self.catalog.entries();
         let refused = entries.values().filter_map(|entry| match &entry.presence {
             Presence::Refused(reason) => Some((format!("{}.{}", entry.db, entry.coll), reason.clone())),
             _ => None,
         });
         let refused: Vec<(String, String)> = refused.collect();
+        self.engine.status.send_modify(|status| {
+            // Each process says it once.
+            for (collection, reason) in refused.iter().filter(|one| !status.refused.contains(one)) {
+                tracing::error!(collection, reason, "a collection is not replicated");
+            }
+            status.refused = refused;
+        });
+    }
+
+    fn publish(&self) {
         let position = self.confirmed;
         self.engine.status.send_modify(|status| {
             if position >= status.failure_through && status.failure.take().is_some() {
@@ -376,11 +425,6 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             status.applied = status.applied.max(Some(position));
             status.errors = self.engine.target.errors();
             status.consistent_from = self.floors.values().max().copied();
-            // Each process says it once.
-            for (collection, reason) in refused.iter().filter(|one| !status.refused.contains(one)) {
-                tracing::error!(collection, reason, "a collection is not replicated");
-            }
-            status.refused = refused;
             if let Some((_, hash)) = self.to_persist {
                 status.hash = hash;
             }

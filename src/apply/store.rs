@@ -146,6 +146,7 @@ pub fn entry_fields(entry: &Entry) -> Document {
         "db": &entry.db,
         "coll": &entry.coll,
         "oneLane": entry.one_lane,
+        "collation": entry.collation,
         "ddlThrough": position(entry.ddl_through),
     };
     match &entry.presence {
@@ -179,11 +180,13 @@ pub fn read_entry(document: &Document) -> Result<Option<(CollectionUuid, Entry)>
         "refused" => Presence::Refused(document.get_str("reason").unwrap_or("").to_owned()),
         _ => return Err(bad("state")),
     };
+    let one_lane = document.get_bool("oneLane").unwrap_or(true);
     let entry = Entry {
         db: document.get_str("db").map_err(|_| bad("db"))?.to_owned(),
         coll: document.get_str("coll").map_err(|_| bad("coll"))?.to_owned(),
         presence,
-        one_lane: document.get_bool("oneLane").unwrap_or(true),
+        one_lane,
+        collation: document.get_bool("collation").unwrap_or(one_lane),
         ddl_through: read_position(document.get("ddlThrough")).ok_or(bad("ddlThrough"))?,
     };
     Ok(Some((source.ok_or(bad("_id"))?, entry)))
@@ -221,7 +224,14 @@ mod tests {
         assert_eq!(read_stream(&stream_fields(&record)).expect("read"), record);
         for presence in [Presence::Present(CollectionUuid([4; 16])), Presence::Dropped, Presence::Refused("why".into())]
         {
-            let entry = Entry { db: "d".into(), coll: "c".into(), presence, one_lane: true, ddl_through: at(3) };
+            let entry = Entry {
+                db: "d".into(),
+                coll: "c".into(),
+                presence,
+                one_lane: true,
+                collation: true,
+                ddl_through: at(3),
+            };
             let mut stored = entry_fields(&entry);
             stored.insert("_id", doc! {"stream": "a/b", "collection": uuid(CollectionUuid([5; 16]))});
             assert_eq!(read_entry(&stored).expect("read"), Some((CollectionUuid([5; 16]), entry)));

@@ -23,6 +23,12 @@ pub enum TargetError {
     /// What this process believes of the stored state is out of date: claim again and go on from there.
     #[error("the target's state moved: {0}")]
     Moved(String),
+    /// Another operation is in the way of this one, or the server's cache is full; the same request may succeed later.
+    #[error("{0}")]
+    Conflict(String),
+    /// The server's cache does not take so large a transaction.
+    #[error("{0}")]
+    TooLarge(String),
     /// A person must look.
     #[error("{message}")]
     Fatal { message: String, hint: &'static str },
@@ -48,6 +54,9 @@ pub enum Divergence {
     Document { collection: CollectionUuid, identity: u128, cause: Cause },
     /// A document blocks a unique value: the fields that collide.
     Unique { collection: CollectionUuid, fields: RawDocumentBuf },
+    /// Documents of a collection with a collation are ahead of these changes, which may be about the same `_id`s in other
+    /// letters.
+    Ahead { collection: CollectionUuid },
 }
 
 impl std::fmt::Display for Divergence {
@@ -56,6 +65,7 @@ impl std::fmt::Display for Divergence {
             Self::Somewhere => "a change did not match its document",
             Self::Document { .. } => "a change cannot be applied to its document",
             Self::Unique { .. } => "a document blocks a unique value",
+            Self::Ahead { .. } => "others of its collection are ahead",
         })
     }
 }
@@ -195,6 +205,10 @@ pub trait Target: Send + Sync + 'static {
         &self,
         floor: Option<(Position, StreamHash)>,
     ) -> impl Future<Output = Result<(Vec<Position>, Election), TargetError>> + Send;
+
+    /// Removes what is stored of collections that were dropped at or before `through`, which the stored floor has reached: no
+    /// replay mentions them any more.
+    fn forget(&self, through: Position) -> impl Future<Output = Result<(), TargetError>> + Send;
 
     /// Errors of the database since the process began, by its code.
     fn errors(&self) -> BTreeMap<i32, u64> {

@@ -189,10 +189,15 @@ impl Target for SimTarget {
             let mut world = lock(&self.world);
             world.target_up()?;
             if world.write_conflict() {
-                return Err(TargetError::Transient("WriteConflict".into()).into());
+                return Err(TargetError::Conflict("WriteConflict".into()).into());
             }
-            let World { target, source, .. } = &mut *world;
-            let result = target.transact(source, term, &transaction, &steps);
+            let World { target, source, settings, counts, .. } = &mut *world;
+            if transaction.items.len() > settings.cache {
+                counts.too_large += 1;
+                return Err(TargetError::TooLarge("TransactionTooLargeForCache".into()).into());
+            }
+            let whole = settings.cache == usize::MAX;
+            let result = target.transact(source, term, &transaction, &steps, whole);
             world.committed(self.host, &transaction, &result);
             if world.answer_lost() {
                 return Err(TargetError::Moved("nobody knows whether it was committed".into()).into());
@@ -233,6 +238,23 @@ impl Target for SimTarget {
         .await
     }
 
+    async fn forget(&self, through: Position) -> Result<(), TargetError> {
+        self.call(move |world| {
+            let db = &mut world.target;
+            db.majority();
+            let floor = db.stream.as_ref().map_or(Position::ZERO, |stream| stream.record.floor);
+            if through > floor {
+                world.broken(format!("dropped collections are forgotten through {through}, past the floor {floor}"));
+            }
+            let db = &mut world.target;
+            let before = db.catalog.len();
+            db.catalog.retain(|_, entry| entry.presence != Presence::Dropped || entry.ddl_through > through);
+            world.counts.forgotten += (before - db.catalog.len()) as u64;
+            Ok(())
+        })
+        .await
+    }
+
     async fn ddl(&self, position: Position, step: &DdlStep, entries: &Entries) -> Result<Changed, TargetError> {
         let changed = match step {
             DdlStep::Adopt { collection, db, coll } => {
@@ -254,7 +276,7 @@ impl Target for SimTarget {
 }
 
 fn entry(db: &str, coll: &str, presence: Presence, one_lane: bool, ddl_through: Position) -> Entry {
-    Entry { db: db.to_owned(), coll: coll.to_owned(), presence, one_lane, ddl_through }
+    Entry { db: db.to_owned(), coll: coll.to_owned(), presence, one_lane, collation: false, ddl_through }
 }
 
 /// Updates, replacements and deletes whose document is missing, inserts whose `_id` is there, holders of a unique value.
@@ -279,6 +301,7 @@ fn examine(db: &TargetDb, items: &[Item], entries: &Entries, divergence: &Diverg
         Divergence::Document { collection, identity, cause } => {
             suspects.extend(suspects::named(items, *collection, *identity, *cause));
         }
+        Divergence::Ahead { .. } => return suspects,
         Divergence::Somewhere => {}
     }
     let mut there: BTreeSet<(CollectionUuid, u128)> = BTreeSet::new();

@@ -66,7 +66,7 @@ fn every_seed_converges_and_breaks_no_promise() {
     );
     if ran >= 100 {
         assert!(total.counts.crashes > 0 && total.counts.takeovers > 0 && total.counts.failovers > 0);
-        assert!(total.counts.truncations > 0);
+        assert!(total.counts.truncations > 0 && total.counts.too_large > 0 && total.counts.forgotten > 0);
         assert!(total.done.rolled_back > 0 && total.counts.fetches > 0 && total.done.transactions > 0);
     }
     if ran >= 300 {

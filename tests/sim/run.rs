@@ -44,6 +44,8 @@ impl Outcome {
         a.corruptions += b.corruptions;
         a.truncations += b.truncations;
         a.begun_again += b.begun_again;
+        a.too_large += b.too_large;
+        a.forgotten += b.forgotten;
         let (a, b) = (&mut self.done, &other.done);
         a.commits += b.commits;
         a.changes += b.changes;
@@ -61,7 +63,7 @@ impl fmt::Display for Outcome {
             f,
             "{} simulated s, {} events, {} changes in {} commits ({} rolled back), {} source transactions, {} fetches; \
              {} crashes, {} exits, {} partitions, {} failovers, {} takeovers, {} damaged records, {} truncations of the \
-             oplog ({} outboxes began again for it)",
+             oplog ({} outboxes began again for it); {} transactions too large for the cache, {} dropped collections forgotten",
             self.simulated.as_secs(),
             self.events,
             d.changes,
@@ -76,7 +78,9 @@ impl fmt::Display for Outcome {
             c.takeovers,
             c.corruptions,
             c.truncations,
-            c.begun_again
+            c.begun_again,
+            c.too_large,
+            c.forgotten
         )
     }
 }

@@ -136,13 +136,14 @@ impl TargetDb {
         }
     }
 
-    /// Runs a lane transaction. `Err(Ok(..))` is the answer, `Err(Err(..))` a broken promise.
+    /// Runs a lane transaction, `whole` if source transactions must be. `Err(Ok(..))` is the answer, `Err(Err(..))` a broken promise.
     pub(crate) fn transact(
         &mut self,
         source: &SourceDb,
         term: Term,
         transaction: &Transaction<'_>,
         steps: &[Step],
+        whole: bool,
     ) -> Result<(), Result<CommitError, String>> {
         for step in transaction.lanes {
             let ours = |lane: &LaneDocument| lane.term == term && lane.state.position == step.from.position;
@@ -150,7 +151,7 @@ impl TargetDb {
                 return Err(Ok(self.not_ours(term).into()));
             }
         }
-        let expected = judge(self, source, transaction).map_err(Err)?;
+        let expected = judge(self, source, transaction, whole).map_err(Err)?;
         let mut undo = Vec::new();
         if let Err(error) = self.run(transaction, steps, &mut undo) {
             self.undo(undo);
@@ -346,8 +347,8 @@ struct Expected {
 }
 
 /// The serial model: every document must be what the source had right before each of its changes, and source
-/// transactions must be whole.
-fn judge(target: &TargetDb, source: &SourceDb, transaction: &Transaction<'_>) -> Result<Expected, String> {
+/// transactions must be whole, unless the cache is too small for that.
+fn judge(target: &TargetDb, source: &SourceDb, transaction: &Transaction<'_>, whole: bool) -> Result<Expected, String> {
     let mut ahead: BTreeMap<(CollectionUuid, u128), ClusterTime> = transaction.floors.clone();
     let mut now: BTreeMap<(CollectionUuid, u128), Option<Bytes>> = BTreeMap::new();
     let mut expected = Expected { documents: BTreeMap::new(), positions: Vec::new(), transactions: 0 };
@@ -397,7 +398,7 @@ fn judge(target: &TargetDb, source: &SourceDb, transaction: &Transaction<'_>) ->
         for (position, uuid) in all {
             let entry = transaction.entries.get(uuid);
             let needed = entry.is_some_and(|e| matches!(e.presence, Presence::Present(_)) && e.ddl_through < *position);
-            if needed && !positions.contains(position) {
+            if whole && needed && !positions.contains(position) {
                 return Err(format!("the source transaction at {time} is torn: {position} is missing"));
             }
         }

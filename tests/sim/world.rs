@@ -44,6 +44,8 @@ pub(crate) struct Settings {
     pub(crate) rate: u32,
     /// Documents per collection: few meet often, many use all lanes.
     pub(crate) ids: i32,
+    /// Changes the target's cache takes in one transaction.
+    pub(crate) cache: usize,
 }
 
 /// What a run did.
@@ -59,6 +61,10 @@ pub(crate) struct Counts {
     pub(crate) truncations: u64,
     /// Outboxes that began again because what follows them was gone.
     pub(crate) begun_again: u64,
+    /// Transactions that the target's cache did not take.
+    pub(crate) too_large: u64,
+    /// Catalog entries of dropped collections that were removed.
+    pub(crate) forgotten: u64,
 }
 
 /// One host.
@@ -121,6 +127,9 @@ fn settings(dice: &mut StdRng) -> Settings {
         short_oplog: dice.random_bool(0.4),
         rate: dice.random_range(10..90),
         ids: *[8, 24, 24, 400].choose(dice).expect("some"),
+        cache: *[2, 5, usize::MAX, usize::MAX, usize::MAX, usize::MAX, usize::MAX, usize::MAX]
+            .choose(dice)
+            .expect("some"),
     }
 }
 
