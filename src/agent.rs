@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
-use farshore_api::tls::{Reloading, TlsFiles};
+use farshore_api::tls::Reloading;
 use mongodb::Client;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -127,7 +127,7 @@ impl Agent {
         let metrics = Arc::new(Metrics::new());
         let alive = Arc::new(Liveness::new(Instant::now()));
         let _health = serve_health(&config, &readiness, &alive, &metrics)?;
-        let tls = load_tls(&config)?;
+        let tls = Arc::new(config.open_tls().map_err(|error| format!("tls.certificate_file: {error}"))?);
         let tasks = TaskTracker::new();
         let logs = open_logs(&config, &tasks).await?;
         let connections = u32::try_from(config.apply.workers).unwrap_or(64) + 12;
@@ -660,23 +660,6 @@ fn serve_health(
         stale_after: health::STALE_AFTER,
     };
     health::serve(config.admin.listen, health).map_err(|error| error.to_string())
-}
-
-fn load_tls(config: &Config) -> Result<Arc<Reloading>, String> {
-    let files = TlsFiles {
-        certificate: config.tls.certificate_file.clone(),
-        key: config.tls.key_file.clone(),
-        ca: config.tls.ca_file.clone(),
-    };
-    let tls = Reloading::load(files, config.site.domain.clone()).map_err(|error| error.to_string())?;
-    let expected = farshore_api::Identity::site(config.site.name.as_str());
-    if tls.identity() != expected {
-        return Err(format!(
-            "tls.certificate_file is for {}, this agent is {expected}; use the certificate of this site or mend site.name",
-            tls.identity()
-        ));
-    }
-    Ok(Arc::new(tls))
 }
 
 async fn open_logs(config: &Arc<Config>, tasks: &TaskTracker) -> Result<Arc<Logs>, String> {

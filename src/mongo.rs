@@ -24,6 +24,7 @@ pub mod code {
     pub const TOO_LARGE_FOR_CACHE: i32 = 388;
     pub const DUPLICATE_KEY: i32 = 11000;
     pub const USER_WRITES_BLOCKED: i32 = 371;
+    pub const SNAPSHOT_TOO_OLD: i32 = 239;
     pub const SNAPSHOT_UNAVAILABLE: i32 = 246;
     pub const UNAUTHORIZED: i32 = 13;
     pub const AUTHENTICATION_FAILED: i32 = 18;

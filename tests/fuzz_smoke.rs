@@ -96,7 +96,7 @@ fn frames() -> Vec<Vec<u8>> {
     let ack = pb::Ack { source: "north".into(), received: position, applied: position, verified: None, credit: 9 };
     let reject = pb::Reject { reason: 3, message: "over".into(), hint: "stop".into(), epoch: 1, term: 4 };
     [Body::Hello(hello), Body::Batch(shipped), Body::Ack(ack), Body::Reject(reject)]
-        .map(|body| pb::Frame { body: Some(body) }.encode_to_vec())
+        .map(|body| pb::Frame::of(body).encode_to_vec())
         .into()
 }
 

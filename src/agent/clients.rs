@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bson::doc;
 use mongodb::Client;
-use mongodb::options::{ClientOptions, Credential, ServerApi, Tls, TlsOptions};
+use mongodb::options::{AuthMechanism, ClientOptions, Credential, ServerApi, Tls, TlsOptions};
 
 use crate::config::MongoDb;
 use crate::config::secret;
@@ -31,6 +31,10 @@ pub(super) async fn connect(config: &MongoDb, connections: u32) -> Result<Client
                 .source(login.auth_source.clone())
                 .build(),
         );
+    }
+    if config.login.is_none() && config.tls_certificate_key_file.is_some() {
+        // The server knows the user by the certificate's subject.
+        options.credential = Some(Credential::builder().mechanism(AuthMechanism::MongoDbX509).build());
     }
     Client::with_options(options).map_err(|error| format!("mongodb: {error}"))
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Clock;
 use crate::admin::control::{Console, Peek, PeekError, PeekLog};
 use crate::apply::status::{ApplyStatus, Phase as ApplyPhase};
-use crate::config::Config;
+use crate::config::{Config, format_duration};
 use crate::link::{Hub, Leadership, LinkState, SourceProgress};
 use crate::model::{Position, SiteName, StreamId};
 use crate::outbox::{self, Level, Log, LogId, LogState, Logs};
@@ -90,6 +90,12 @@ impl AgentConsole {
         }
     }
 
+    /// How far back the oplog of this site reaches, in seconds; 0: not known.
+    fn oplog_window(&self) -> u64 {
+        let head = self.head.borrow();
+        if head.oldest.0 == 0 { 0 } else { u64::from(head.time.seconds().saturating_sub(head.oldest.seconds())) }
+    }
+
     /// Streams this site originates, as the source sees them.
     fn outgoing(&self, peer: &SiteName) -> pb::StreamStatus {
         let stream = StreamId { source: self.site().clone(), target: peer.clone() };
@@ -102,7 +108,11 @@ impl AgentConsole {
             CapturePhase::Streaming => self.no_session(peer, "there is no session with the target"),
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
             CapturePhase::Lost(lost) => ("failed", format!("{} ({})", lost.reason, lost.hint())),
-            CapturePhase::Full(reason) | CapturePhase::Failed(reason) => ("failed", reason.clone()),
+            CapturePhase::Full(reason) => {
+                let left = format_duration(Duration::from_secs(self.oplog_window()));
+                ("failed", format!("{reason}; what follows waits in the oplog, which reaches back {left}"))
+            }
+            CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };
         if let Some((rejection, _)) = view.last_reject.as_ref().filter(|(r, _)| !view.open && !r.is_transient()) {
             (name, reason) = ("refused", rejection.message.clone());
@@ -290,7 +300,6 @@ impl Console for AgentConsole {
     fn status(&self) -> pb::StatusResponse {
         let leadership = *self.leadership.borrow();
         let mongo = self.mongo.borrow().clone();
-        let head = self.head.borrow().clone();
         let mut streams: Vec<pb::StreamStatus> = match self.originates() {
             true => self.config.peers.iter().map(|peer| self.outgoing(&peer.site)).collect(),
             false => Vec::new(),
@@ -298,8 +307,6 @@ impl Console for AgentConsole {
         if let Some((source, apply)) = &self.apply {
             streams.push(self.incoming(source, &apply.borrow().clone()));
         }
-        let window =
-            if head.oldest.0 == 0 { 0 } else { u64::from(head.time.seconds().saturating_sub(head.oldest.seconds())) };
         pb::StatusResponse {
             site: self.site().to_string(),
             group: self.config.group.name.clone(),
@@ -315,7 +322,7 @@ impl Console for AgentConsole {
                 replica_set: mongo.replica_set,
                 version: mongo.version,
                 error: mongo.error,
-                oplog_window_seconds: window,
+                oplog_window_seconds: self.oplog_window(),
             }),
             problems: self.problems(&streams),
             streams,

@@ -1,6 +1,6 @@
 //! What the target knows of the source's collections: their UUIDs here, how they are laned, what was done to them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -67,10 +67,41 @@ impl Catalog {
         self.0.store(Arc::new(entries));
     }
 
-    /// Leaves out what was dropped and no replay can mention any more. Only the engine's task calls this.
-    pub fn forget(&self, dropped: &BTreeSet<CollectionUuid>) {
+    /// Leaves out what was dropped at or before `through`, and returns it. Only the engine's task calls this.
+    pub fn forget(&self, through: Position) -> Vec<CollectionUuid> {
         let mut entries = (*self.entries()).clone();
-        entries.retain(|uuid, _| !dropped.contains(uuid));
+        let gone = |entry: &Entry| entry.presence == Presence::Dropped && entry.ddl_through <= through;
+        let forgotten = entries.extract_if(.., |_, entry| gone(entry)).map(|(uuid, _)| uuid).collect();
         self.0.store(Arc::new(entries));
+        forgotten
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ClusterTime;
+
+    #[test]
+    fn only_what_was_dropped_long_ago_is_forgotten() {
+        let at = |time| Position::new(ClusterTime(time), 1);
+        let entry = |presence, time| Entry {
+            db: "d".into(),
+            coll: "c".into(),
+            presence,
+            one_lane: true,
+            collation: false,
+            ddl_through: at(time),
+        };
+        let refused = Presence::Refused("made again after it was dropped".into());
+        let all = [
+            (1, entry(Presence::Dropped, 4)),
+            (2, entry(Presence::Dropped, 6)),
+            (3, entry(refused, 4)),
+            (4, entry(Presence::Present(CollectionUuid([9; 16])), 4)),
+        ];
+        let catalog = Catalog::new(all.map(|(n, entry)| (CollectionUuid([n; 16]), entry)).into());
+        assert_eq!(catalog.forget(at(5)), [CollectionUuid([1; 16])]);
+        assert_eq!(catalog.entries().len(), 3);
     }
 }

@@ -60,8 +60,10 @@ async fn event(target: &MongoTarget, change: &Change<'_>, entries: &Entries) -> 
     let mut changed = Vec::new();
     let Presence::Present(here) = entry.presence else {
         // What it replaces at the source is gone, whatever becomes of itself here.
-        if let Some((dropped, other, there)) = replaced(change, entries) {
-            drop_collection(target, change.position, other, there).await?;
+        if let Some((dropped, other)) = replaced(change, entries) {
+            if let Presence::Present(there) = other.presence {
+                drop_collection(target, change.position, other, there).await?;
+            }
             changed.push((dropped, other.dropped(change.position)));
         }
         rename_entry(change, &mut entry);
@@ -199,8 +201,10 @@ async fn rename(
     let to = change.to.expect("checked when parsed");
     let mut changed = Vec::new();
     let mut drop_target = Bson::Boolean(false);
-    if let Some((dropped, other, there)) = replaced(change, entries) {
-        if name_of(target, to.db, there).await?.as_deref() == Some(to.coll) {
+    if let Some((dropped, other)) = replaced(change, entries) {
+        if let Presence::Present(there) = other.presence
+            && name_of(target, to.db, there).await?.as_deref() == Some(to.coll)
+        {
             drop_target = store::uuid(there);
         }
         let other = other.dropped(change.position);
@@ -231,14 +235,10 @@ async fn rename(
     Ok(changed)
 }
 
-/// What a rename replaces, as the target has it.
-fn replaced<'a>(change: &Change<'_>, entries: &'a Entries) -> Option<(CollectionUuid, &'a Entry, CollectionUuid)> {
+/// What a rename replaces.
+fn replaced<'a>(change: &Change<'_>, entries: &'a Entries) -> Option<(CollectionUuid, &'a Entry)> {
     let dropped = dropped_by_rename(change)?;
-    let entry = entries.get(&dropped)?;
-    match entry.presence {
-        Presence::Present(there) => Some((dropped, entry, there)),
-        _ => None,
-    }
+    entries.get(&dropped).filter(|entry| entry.presence != Presence::Dropped).map(|entry| (dropped, entry))
 }
 
 /// The UUID of the collection a rename replaces at the source.

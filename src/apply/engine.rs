@@ -83,30 +83,32 @@ impl<T: Target, F: FetchClient> Engine<T, F> {
     /// The server's cache does not take a job: the next ones are smaller, and so is what of a source transaction is applied
     /// as a whole when the job was that. Returns what ends the session.
     pub(super) fn too_large(&self, job: &Job, message: String) -> TargetError {
-        let changes = job.items.len() / 8;
-        if job.items.len() <= 1 {
+        let changes = job.items.len();
+        if changes <= 1 {
             return TargetError::Fatal { message, hint: "give the target's mongod a larger WiredTiger cache" };
         }
         if job.meeting {
-            let bytes = job.items.iter().map(|item| item.bytes.len()).sum::<usize>() / 8;
-            *self.parts.lock().expect("no holder panics") = PartLimit { changes: changes.max(1), bytes };
+            let bytes = job.items.iter().map(|item| item.bytes.len()).sum();
+            *self.parts.lock().expect("no holder panics") = PartLimit::below(changes, bytes);
+            let hint = "give the target's mongod a larger WiredTiger cache";
             tracing::warn!(
                 changes,
                 bytes,
-                hint = "give the target's mongod a larger WiredTiger cache",
-                "a source transaction is too large for the target's cache; such are applied in parts from now on"
+                hint,
+                "a source transaction is too large for the target; it is applied in parts"
             );
         } else {
-            self.job_changes.store(changes.max(1), Ordering::Relaxed);
-            tracing::warn!(changes, "transactions are made smaller for a while");
+            self.job_changes.store((changes / 8).max(1), Ordering::Relaxed);
+            tracing::warn!(changes, "a transaction is too large for the target; they are made smaller for a while");
         }
         TargetError::TooLarge(message)
     }
 
     /// A transaction was committed.
-    pub(super) fn larger_jobs(&self) {
+    pub(super) fn larger(&self) {
         let now = self.job_changes.load(Ordering::Relaxed);
         self.job_changes.store(JOB_CHANGES.min(now + 1), Ordering::Relaxed);
+        self.parts.lock().expect("no holder panics").grow();
     }
 
     /// Runs until cancelled.

@@ -59,6 +59,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         let mut delay = RETRY_MIN;
         let mut rounds = 0;
         let began = Instant::now();
+        let mut conflicting: Option<Instant> = None;
         loop {
             let lanes = self.with_floors(&job.lanes, &resolved, &mut floors);
             let transaction = Transaction {
@@ -76,6 +77,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 Err(CommitError::Target(error)) => error,
                 Err(CommitError::Diverged(divergence)) => {
                     rounds += 1;
+                    conflicting = None;
                     match self.heal(job, &divergence, &mut resolved, &mut diverged).await {
                         Ok(0) if rounds >= HEAL_ROUNDS => TargetError::Fatal {
                             message: format!("changes at {} keep failing: {divergence}", job.items[0].position),
@@ -86,8 +88,12 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                     }
                 }
             };
+            let since = matches!(failed, TargetError::Conflict(_)).then(|| conflicting.unwrap_or_else(Instant::now));
+            conflicting = since;
             match failed {
-                TargetError::Conflict(reason) if began.elapsed() >= CONFLICTS => {
+                TargetError::Conflict(reason)
+                    if since.is_some_and(|since| since.elapsed() >= CONFLICTS) && job.items.len() > 1 =>
+                {
                     return Err(TargetError::TooLarge(reason));
                 }
                 TargetError::Conflict(reason) | TargetError::Transient(reason) if began.elapsed() < PATIENCE => {
@@ -142,6 +148,11 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         }
         if wanted.is_empty() {
             for collection in self.collections_ahead(&judged, divergence) {
+                let through = match divergence {
+                    Divergence::Ahead { .. } => self.newest(collection, resolved).unwrap_or_default(),
+                    _ => ClusterTime(u64::MAX),
+                };
+                let judged: Vec<Item> = judged.iter().filter(|item| item.position.time <= through).cloned().collect();
                 self.bring_ahead(&judged, collection, resolved, &mut wanted);
             }
             tokio::time::sleep(RETRY_MIN).await;
@@ -164,7 +175,11 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 });
             }
             count += suspects.iter().filter(|s| !known.contains(&(s.collection, s.identity))).count();
-            let fetched = self.fetch_all(collection, suspects).await?;
+            let at = match divergence {
+                Divergence::Ahead { collection: ahead } if *ahead == collection => self.newest(collection, resolved),
+                _ => None,
+            };
+            let fetched = self.fetch_all(collection, suspects, at).await?;
             let again: BTreeSet<u128> = fetched.iter().map(|one| one.floor.key).collect();
             resolved.retain(|one| one.floor.collection != collection || !again.contains(&one.floor.key));
             resolved.extend(fetched);
@@ -222,10 +237,19 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
         }
     }
 
+    /// The newest time a document of the collection is ahead as of.
+    fn newest(&self, collection: CollectionUuid, resolved: &[Resolved]) -> Option<ClusterTime> {
+        let stored = self.floors.range((collection, u128::MIN)..=(collection, u128::MAX)).map(|(_, at)| *at);
+        let now = resolved.iter().filter(|one| one.floor.collection == collection).map(|one| one.floor.at);
+        stored.chain(now).max()
+    }
+
+    /// Documents as of one time: `at`, where the source still knows it, else as of now.
     async fn fetch_all(
         &self,
         collection: CollectionUuid,
         suspects: Vec<Suspect>,
+        at: Option<ClusterTime>,
     ) -> Result<Vec<Resolved>, TargetError> {
         let Some(entry) = self.entries.get(&collection) else { return Ok(Vec::new()) };
         let mut resolved: BTreeMap<u128, Resolved> = BTreeMap::new();
@@ -237,6 +261,7 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 database: entry.db.clone(),
                 collection: entry.coll.clone(),
                 collection_uuid: Bytes::copy_from_slice(&collection.0),
+                at: at.map_or(0, |at| at.0),
                 keys: part.iter().map(|s| Bytes::copy_from_slice(s.key.as_bytes())).collect(),
             };
             let fetched = self.fetch.fetch(&self.source, request).await.map_err(TargetError::Transient)?;
@@ -251,6 +276,10 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
             for (index, suspect) in part[..answered].iter().enumerate() {
                 let document = fetched.documents.get(index).filter(|d| !d.is_empty() && !fetched.collection_gone);
                 for one in answers(collection, suspect, document, at)? {
+                    // What is there already must not go back, whoever answers.
+                    if self.floors.get(&(collection, one.floor.key)).is_some_and(|newer| *newer > at) {
+                        return Err(TargetError::Transient(format!("fetch from {}: an old state", self.source)));
+                    }
                     resolved.insert(one.floor.key, one);
                 }
             }

@@ -106,7 +106,7 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
         let unknown = PlanError::Unknown { position: item.position, collection: item.collection };
         let entry = catalog.get(&item.collection).ok_or(unknown)?;
         let Presence::Present(_) = entry.presence else { continue };
-        if entry.collation && others_ahead(&ahead, item) {
+        if entry.collation && others_ahead(&ahead, item)? {
             return Err(PlanError::Ahead { position: item.position, collection: item.collection });
         }
         let slot = *index.entry(item.collection).or_insert_with(|| {
@@ -121,9 +121,15 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
     Ok(steps)
 }
 
-fn others_ahead(floors: &Floors, item: &Item) -> bool {
+/// Whether another document, whose `_id` may be the same to the server, is ahead of the change: only strings are compared by
+/// a collation.
+fn others_ahead(floors: &Floors, item: &Item) -> Result<bool, ParseError> {
     let collection = (item.collection, u128::MIN)..=(item.collection, u128::MAX);
-    floors.range(collection).any(|(_, at)| *at >= item.position.time)
+    if !floors.range(collection).any(|(_, at)| *at >= item.position.time) {
+        return Ok(false);
+    }
+    let document = RawDocument::from_bytes(&item.bytes).map_err(|_| ParseError::Bson { position: item.position })?;
+    Ok(Change::parse(item.position, document)?.id().is_some_and(|id| raw::holds_string(&id)))
 }
 
 fn resolve(resolved: &[Resolved], catalog: &Entries, ahead: &mut Floors, steps: &mut Vec<Step>) {

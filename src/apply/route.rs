@@ -29,6 +29,24 @@ pub struct PartLimit {
     pub changes: usize,
 }
 
+impl PartLimit {
+    /// Small enough for any cache but a broken one; below it only what failed at this size.
+    const SMALL: Self = Self { bytes: 64 << 10, changes: 16 };
+
+    /// After so much was too large for the target.
+    pub fn below(changes: usize, bytes: usize) -> Self {
+        let less =
+            |failed: usize, small: usize| if failed > small { (failed / 8).max(small) } else { failed.div_ceil(8) };
+        Self { bytes: less(bytes, Self::SMALL.bytes), changes: less(changes, Self::SMALL.changes) }
+    }
+
+    /// After something was not too large.
+    pub fn grow(&mut self) {
+        self.changes = PART_CHANGES.min(self.changes + 1);
+        self.bytes = PART_BYTES.min(self.bytes + (1 << 10));
+    }
+}
+
 impl Default for PartLimit {
     fn default() -> Self {
         Self { bytes: PART_BYTES, changes: PART_CHANGES }
@@ -63,7 +81,8 @@ pub struct Router {
     open: Vec<Item>,
     open_bytes: usize,
     open_time: ClusterTime,
-    limit: PartLimit,
+    /// How much of a unit is handed on as a whole.
+    pub limit: PartLimit,
     /// Part of the open unit was handed on already.
     split: bool,
     ddl_parts: u32,
@@ -75,8 +94,8 @@ pub struct Router {
 
 impl Router {
     /// Goes on behind a position; one of ordinal 0 is no part of a unit.
-    pub fn behind(position: Position, limit: PartLimit) -> Self {
-        Self { open_time: position.time, limit, split: position.ordinal > 0, ..Self::default() }
+    pub fn behind(position: Position) -> Self {
+        Self { open_time: position.time, split: position.ordinal > 0, ..Self::default() }
     }
 
     /// Whether no unit is partly handed on.
@@ -138,6 +157,10 @@ impl Router {
             (op, Some(uuid)) if op.is_crud() => {
                 self.know(position, uuid, change.ns, entries, units);
                 let id = change.id().expect("checked when parsed");
+                let full = self.open.len() >= self.limit.changes || self.open_bytes + bytes.len() > self.limit.bytes;
+                if full && !self.open.is_empty() {
+                    self.hand_on(false, units);
+                }
                 self.open_bytes += bytes.len();
                 self.open.push(Item {
                     position,
@@ -146,9 +169,6 @@ impl Router {
                     key: hash::key_identity(&id),
                     doc_lane: hash::lane_of(uuid, &id),
                 });
-                if self.open_bytes >= self.limit.bytes || self.open.len() >= self.limit.changes {
-                    self.hand_on(false, units);
-                }
             }
             _ => self.ddl(&change, bytes.clone(), entries, units),
         }
@@ -351,14 +371,14 @@ mod tests {
 
     #[test]
     fn behind_a_part_of_a_unit_there_is_no_cut_until_its_end() {
-        let mut router = Router::behind(Position::new(ClusterTime(2), 2), PartLimit::default());
+        let mut router = Router::behind(Position::new(ClusterTime(2), 2));
         assert!(!router.at_cut());
         let rest = changes(1, &[(2, 3, event("insert", 3)), (3, 1, event("insert", 4))], true);
         let mut units = Vec::new();
         router.feed(&rest, Position::new(ClusterTime(2), 2), &known(), &mut units).expect("feed");
         assert!(router.at_cut());
         assert!(matches!(&units[..], [Unit::Together { whole: true, .. }, Unit::Change(_)]), "{units:?}");
-        assert!(Router::behind(Position::before(ClusterTime(2)), PartLimit::default()).at_cut());
+        assert!(Router::behind(Position::before(ClusterTime(2))).at_cut());
     }
 
     #[test]
@@ -373,6 +393,41 @@ mod tests {
             .expect("feed");
         assert!(matches!(&units[1..], [Unit::Together { whole: true, .. }, Unit::Change(_)]));
         assert!(router.at_cut());
+    }
+
+    #[test]
+    fn a_small_limit_splits_units_and_leaves_single_changes_alone() {
+        let mut router = Router { limit: PartLimit::below(2, 100), ..Router::default() };
+        assert_eq!((router.limit.changes, router.limit.bytes), (1, 13));
+        let events: Vec<_> = (1..=3).map(|n| (2, n, event("insert", n as i32))).collect();
+        let single = [(3, 1, event("insert", 9)), (4, 1, event("insert", 10)), (5, 1, event("insert", 11))];
+        let mut units = Vec::new();
+        let all: Vec<_> = events.into_iter().chain(single).collect();
+        router.feed(&changes(1, &all, true), Position::ZERO, &known(), &mut units).expect("feed");
+        let seen: Vec<_> = units
+            .iter()
+            .map(|unit| match unit {
+                Unit::Together { items, whole } => (items.len(), *whole),
+                Unit::Change(_) => (1, true),
+                Unit::Ddl { .. } => panic!("{unit:?}"),
+            })
+            .collect();
+        assert_eq!(seen, [(1, false), (1, false), (1, true), (1, true), (1, true), (1, true)]);
+        assert!(matches!(&units[3..], [Unit::Change(_), Unit::Change(_), Unit::Change(_)]), "{units:?}");
+        assert!(router.at_cut());
+    }
+
+    #[test]
+    fn a_part_is_halved_again_and_again_and_grows_back() {
+        let mut limit = PartLimit::default();
+        let mut steps = 0;
+        while limit.changes > 1 || limit.bytes > 1 {
+            limit = PartLimit::below(limit.changes, limit.bytes);
+            steps += 1;
+            assert!(steps < 20, "{limit:?}");
+        }
+        (0..40_000).for_each(|_| limit.grow());
+        assert_eq!((limit.changes, limit.bytes), (PART_CHANGES, PART_BYTES));
     }
 
     #[test]

@@ -75,8 +75,8 @@ pub(super) struct Session<'e, T, F> {
     catalog: Catalog,
     router: Router,
     steps: BTreeMap<DdlId, DdlStep>,
-    /// Collections that were dropped, by the position of that; they are forgotten once the stored floor is past it.
-    dropped: BTreeSet<(Position, CollectionUuid)>,
+    /// Where collections were dropped: each is forgotten once the stored floor is past that.
+    dropped: BTreeSet<Position>,
     forgetting: bool,
     floors: Arc<Floors>,
     tasks: JoinSet<Report>,
@@ -127,7 +127,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             floors: Arc::new(floors_of(&lanes)),
             lanes,
             catalog: Catalog::new(claim.entries),
-            router: Router::behind(from, *engine.parts.lock().expect("no holder panics")),
+            router: Router::behind(from),
             steps: BTreeMap::new(),
             dropped: BTreeSet::new(),
             forgetting: false,
@@ -193,6 +193,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
             .map_err(|e| fatal(e.to_string(), "the stored batch is damaged; it is received again"))?;
         let skip = stored.skip_through.max(self.lanes.read());
         let mut units = Vec::new();
+        self.router.limit = *self.engine.parts.lock().expect("no holder panics");
         let routed = self.router.feed(&changes, skip, &self.catalog.entries(), &mut units);
         let written = written(&units);
         for unit in units {
@@ -265,7 +266,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
 
     fn start_forget(&mut self) {
         let through = self.persisted;
-        if self.forgetting || self.dropped.first().is_none_or(|(at, _)| *at > through) {
+        if self.forgetting || self.dropped.first().is_none_or(|at| *at > through) {
             return;
         }
         self.forgetting = true;
@@ -295,7 +296,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
                     TargetError::TooLarge(message) => self.engine.too_large(&job, message),
                     other => other,
                 })?;
-                self.engine.larger_jobs();
+                self.engine.larger();
                 self.idle.push(worker);
                 self.applied(&job, floors);
             }
@@ -328,15 +329,13 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
     fn note(&mut self, uuid: CollectionUuid, entry: &Entry) {
         self.lanes.set_collection(uuid, entry.one_lane, entry.ddl_through);
         if entry.presence == Presence::Dropped {
-            self.dropped.insert((entry.ddl_through, uuid));
+            self.dropped.insert(entry.ddl_through);
         }
     }
 
     fn forget(&mut self, through: Position) {
-        let (gone, kept) = std::mem::take(&mut self.dropped).into_iter().partition(|(at, _)| *at <= through);
-        self.dropped = kept;
-        gone.iter().for_each(|(_, uuid)| self.lanes.forget_collection(*uuid));
-        self.catalog.forget(&gone.into_iter().map(|(_, uuid)| uuid).collect());
+        self.dropped.retain(|at| *at > through);
+        self.catalog.forget(through).into_iter().for_each(|uuid| self.lanes.forget_collection(uuid));
     }
 
     /// A step that is done again after a new beginning is counted once.

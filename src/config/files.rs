@@ -7,6 +7,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use farshore_api::Identity;
+use farshore_api::tls::{Reloading, TlsFiles};
+
+use super::Config;
 use super::problem::{Problem, Severity};
 use super::reader::{FileKind, FileRef};
 use super::secret;
@@ -25,6 +29,36 @@ pub(super) fn check(files: &[FileRef]) -> Vec<Problem> {
             Some(Problem { severity: Severity::Error, key: file.key.clone(), line: file.line, what, mend })
         })
         .collect()
+}
+
+impl Config {
+    /// The agent's certificate material, which must be this site's.
+    ///
+    /// # Errors
+    /// A file holds something else, or they do not fit together; the text names it.
+    pub fn open_tls(&self) -> Result<Reloading, String> {
+        let files = TlsFiles {
+            certificate: self.tls.certificate_file.clone(),
+            key: self.tls.key_file.clone(),
+            ca: self.tls.ca_file.clone(),
+        };
+        let tls = Reloading::load(files, self.site.domain.clone()).map_err(|error| error.to_string())?;
+        let expected = Identity::site(self.site.name.as_str());
+        match tls.identity() == expected {
+            true => Ok(tls),
+            false => Err(format!("is for {}, this agent is {expected}", tls.identity())),
+        }
+    }
+}
+
+/// What is wrong with the certificate, where nothing is wrong with the files as such.
+pub(super) fn check_tls(config: &Config, files: &[FileRef]) -> Option<Problem> {
+    const KEY: &str = "tls.certificate_file";
+    let what = config.open_tls().err()?;
+    let line = files.iter().find(|file| file.key == KEY).and_then(|file| file.line);
+    let mend =
+        "use a certificate of this site in the trust domain of site.domain, its key, and the bundle of the fleet's CAs";
+    Some(Problem { severity: Severity::Error, key: KEY.to_owned(), line, what, mend: mend.to_owned() })
 }
 
 fn directory_fault(path: &Path) -> Option<(String, String)> {

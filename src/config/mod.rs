@@ -214,6 +214,10 @@ impl Config {
         let draft = draft(&text, base);
         let mut problems = draft.problems;
         problems.extend(files::check(&draft.files));
+        let readable = !problems.iter().any(|problem| problem.key.starts_with("tls."));
+        if let Some(config) = draft.config.as_ref().filter(|_| readable) {
+            problems.extend(files::check_tls(config, &draft.files));
+        }
         finish(path, draft.config, problems)
     }
 

@@ -229,7 +229,7 @@ fn admin(mut section: Section<'_>) -> Option<Admin> {
 }
 
 fn memory(mut section: Section<'_>) -> Option<Memory> {
-    let limit = section.within("limit", ByteSize::mib(256), ByteSize::mib(128)..=ByteSize::gib(1 << 10));
+    let limit = section.within("limit", ByteSize::mib(256), ByteSize::mib(256)..=ByteSize::gib(1 << 10));
     section.finish();
     Some(Memory { limit: limit? })
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use farshore_testkit::pki::{Pki, Role};
 use proptest::prelude::*;
 
 use super::*;
@@ -163,7 +164,7 @@ fn doubts_are_warnings() {
 #[test]
 fn bounds_are_inclusive() {
     for (key, good, bad) in
-        [("[lease]\nttl", ["1s", "5m"], ["999ms", "301s"]), ("[memory]\nlimit", ["128MiB", "1TiB"], ["127MiB", "0B"])]
+        [("[lease]\nttl", ["1s", "5m"], ["999ms", "301s"]), ("[memory]\nlimit", ["256MiB", "1TiB"], ["255MiB", "0B"])]
     {
         for value in good {
             assert!(parse(&format!("{MINIMAL}{key} = \"{value}\"")).is_ok(), "{key} {value}");
@@ -194,9 +195,24 @@ fn the_named_files_are_looked_at() {
     write(&at("f.toml"), &with("[data]", "[data]\nencryption_key_file = \"secrets/key\""), 0o644);
     write(&at("secrets/mongodb-password"), "s3cr3t\n", 0o600);
     write(&at("secrets/key"), &"ab".repeat(32), 0o600);
-    write(&at("tls/north.pem"), "-----BEGIN CERTIFICATE-----", 0o644);
-    write(&at("tls/ca.pem"), "-----BEGIN CERTIFICATE-----", 0o644);
-    write(&at("tls/north.key"), "-----BEGIN PRIVATE KEY-----", 0o600);
+    let pki = Pki::new("farshore").expect("a fleet");
+    let certify = |identity: farshore_testkit::pki::Identity| {
+        fs::create_dir_all(at("tls")).expect("mkdir");
+        fs::copy(&identity.certificate_file, at("tls/north.pem")).expect("copy");
+        fs::copy(&identity.ca_file, at("tls/ca.pem")).expect("copy");
+        fs::copy(&identity.key_file, at("tls/north.key")).expect("copy");
+        fs::set_permissions(at("tls/north.key"), fs::Permissions::from_mode(0o600)).expect("chmod");
+    };
+    let found = || Config::load(&at("f.toml")).expect_err("must be refused").to_string();
+    certify(pki.identity(Role::Site, "south").expect("issued"));
+    assert!(found().contains("tls.certificate_file: is for site/south, this agent is site/north"), "{}", found());
+    certify(pki.anonymous().expect("issued"));
+    assert!(found().contains("tls.certificate_file: "), "{}", found());
+    let other = pki.identity(Role::Site, "north").expect("issued");
+    certify(pki.identity(Role::Site, "north").expect("issued"));
+    fs::copy(&other.key_file, at("tls/north.key")).expect("copy");
+    assert!(found().contains("cannot be used"), "{}", found());
+    certify(other);
     let config = Config::load(&at("f.toml")).expect("valid");
     assert_eq!(config.data.encryption_key_file, Some(at("secrets/key")));
 
@@ -206,8 +222,7 @@ fn the_named_files_are_looked_at() {
     write(&at("tls/north.pem"), "no pem", 0o644);
     write(&at("data"), "a file", 0o644);
     fs::remove_file(at("tls/ca.pem")).expect("remove");
-    let found = Config::load(&at("f.toml")).expect_err("must be refused").to_string();
-    insta::assert_snapshot!(found.replace(&dir.path().display().to_string(), "DIR"));
+    insta::assert_snapshot!(found().replace(&dir.path().display().to_string(), "DIR"));
 }
 
 #[test]

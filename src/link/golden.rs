@@ -5,10 +5,9 @@ use pb::frame::Body;
 use prost::Message;
 
 use super::testing::batch;
-use super::wire::frame;
 
 fn hex(body: Body) -> String {
-    let bytes = frame(body).encode_to_vec();
+    let bytes = pb::Frame::of(body).encode_to_vec();
     assert_eq!(pb::Frame::decode(bytes.as_slice()).map(|f| f.encode_to_vec()), Ok(bytes.clone()));
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -83,6 +82,7 @@ fn frames_keep_their_bytes() {
                 collection: "items".into(),
                 collection_uuid: bytes(3),
                 keys: vec![bytes(1), bytes(2)],
+                at: 0,
             }),
         ),
         (

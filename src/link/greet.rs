@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::hub::{Leadership, Shared};
 use super::session::{Ended, Wire};
-use super::wire::{Greeting, Originating, Reason, Receiving, Rejection, Standing, frame, protocol};
+use super::wire::{Greeting, Originating, Reason, Receiving, Rejection, Standing, corrupt, protocol};
 use crate::model::SiteName;
 
 /// Hello must come within this time, and our own be ready.
@@ -32,17 +32,18 @@ pub(super) async fn greet(shared: &Arc<Shared>, wire: &mut Wire) -> Result<Greet
     }
     let own = receiving(shared, &wire.site).await?;
     let greeting = greeting(shared, leadership, own.clone());
-    let hello = frame(Body::Hello(greeting.to_hello()));
+    let hello = pb::Frame::of(Body::Hello(greeting.to_hello()));
     let gone = |_| Ended::Lost("the connection closed before Hello".into());
     wire.out.send(hello).await.map_err(gone)?;
     let first = timeout(GREETING, wire.incoming.next()).await.map_err(|_| Ended::Lost("no Hello in time".into()))?;
     let theirs = match first {
         None => return Err(Ended::Closed),
         Some(Err(error)) => return Err(Ended::Lost(error)),
-        Some(Ok(pb::Frame { body: Some(Body::Hello(hello)) })) => {
+        Some(Ok(frame)) if !frame.is_intact() => return Err(Ended::Refused(corrupt())),
+        Some(Ok(pb::Frame { body: Some(Body::Hello(hello)), .. })) => {
             Greeting::parse(&hello, &wire.site).map_err(Ended::Refused)?
         }
-        Some(Ok(pb::Frame { body: Some(Body::Reject(reject)) })) => return Err(Ended::Rejected(reject.into())),
+        Some(Ok(pb::Frame { body: Some(Body::Reject(reject)), .. })) => return Err(Ended::Rejected(reject.into())),
         Some(Ok(_)) => return Err(Ended::Refused(protocol("the first frame is not Hello"))),
     };
     let seen = shared.inbox(&wire.site).state().map(|state| state.term).unwrap_or_default();

@@ -29,7 +29,7 @@ use super::sender::Stop;
 use super::ship::{self, Ship};
 use super::take::{self, Take};
 use super::transport::Peer;
-use super::wire::{Reason, Rejection, frame, protocol};
+use super::wire::{Reason, Rejection, corrupt, protocol};
 use crate::model::SiteName;
 
 /// Timers have this resolution.
@@ -113,7 +113,7 @@ pub(super) async fn run(shared: &Arc<Shared>, mut wire: Wire) -> Summary {
     }
     shared.count_end(entry, &summary.ended);
     if let Ended::Refused(rejection) = &summary.ended {
-        let frame = frame(Body::Reject(rejection.into()));
+        let frame = pb::Frame::of(Body::Reject(rejection.into()));
         drop(timeout(CLOSING, wire.out.send(frame)).await);
     }
     close(wire).await;
@@ -331,25 +331,28 @@ impl<'a> Session<'a> {
     fn next_frame(&mut self) -> Option<pb::Frame> {
         let now = Instant::now();
         if let Some(pong) = self.pong.take() {
-            return Some(frame(Body::Pong(pong)));
+            return Some(pb::Frame::of(Body::Pong(pong)));
         }
         if self.ping.now {
             self.ping.said(now);
-            return Some(frame(Body::Ping(pb::Ping { at_us: micros(now - self.began) })));
+            return Some(pb::Frame::of(Body::Ping(pb::Ping { at_us: micros(now - self.began) })));
         }
         if let Some(take) = self.take.as_mut().filter(|_| self.ack.now) {
             self.ack.said(now);
-            return Some(frame(Body::Ack(take.ack())));
+            return Some(pb::Frame::of(Body::Ack(take.ack())));
         }
         if let Some(ship) = self.ship.as_ref().filter(|_| self.progress.now) {
             self.progress.said(now);
-            return Some(frame(Body::Progress(ship.progress())));
+            return Some(pb::Frame::of(Body::Progress(ship.progress())));
         }
         self.queue.pop_front()
     }
 
     fn heard(&mut self, frame: pb::Frame) -> Option<Ended> {
         self.heard = Instant::now();
+        if !frame.is_intact() {
+            return Some(self.damaged());
+        }
         let own = self.shared.config.site.as_str();
         let peer = self.wire.site.as_str();
         if let Some(Body::Ping(ping)) = frame.body {
@@ -401,12 +404,20 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// A frame was damaged on its way: nothing it says counts.
+    fn damaged(&self) -> Ended {
+        let entry = entry(self.shared, &self.wire.site);
+        let view = if self.take.is_some() { &entry.incoming } else { &entry.outgoing };
+        view.send_modify(|view| view.counters.corrupt_records += 1);
+        Ended::Refused(corrupt())
+    }
+
     fn shipped(&mut self, outcome: ship::Outcome) -> Option<Ended> {
         match outcome {
             ship::Outcome::Nothing => None,
             ship::Outcome::Send(body) => {
                 self.progressed |= matches!(body, Body::Batch(_));
-                self.queue.push_back(frame(body));
+                self.queue.push_back(pb::Frame::of(body));
                 None
             }
             ship::Outcome::Progress => {
@@ -432,7 +443,7 @@ impl<'a> Session<'a> {
                 None
             }
             take::Outcome::Fetch(fetch) => {
-                self.queue.push_back(frame(Body::Fetch(fetch)));
+                self.queue.push_back(pb::Frame::of(Body::Fetch(fetch)));
                 None
             }
             take::Outcome::Reject(rejection) => Some(Ended::Refused(rejection)),

@@ -92,6 +92,7 @@ impl Ship {
         self.entry().outgoing.send_modify(|view| {
             view.open = true;
             view.received = receiving.received.map(|standing| standing.position);
+            view.applied = None;
         });
         let outbox = view(self.moved.borrow_and_update().as_ref());
         self.decide(sender::Event::Hello(receiving, outbox))
@@ -168,8 +169,9 @@ impl Ship {
 
     pub(super) fn acked(&mut self, ack: &pb::Ack) -> Outcome {
         self.entry().outgoing.send_modify(|view| {
-            view.received = ack.received.map(Into::into);
-            view.applied = ack.applied.map(Into::into);
+            // One that was overtaken says less.
+            view.received = view.received.max(ack.received.map(Into::into));
+            view.applied = view.applied.max(ack.applied.map(Into::into));
             view.heard = Some(Instant::now());
         });
         self.shared.link_carries(self.entry());

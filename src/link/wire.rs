@@ -53,6 +53,11 @@ impl Rejection {
     }
 }
 
+/// The refusal of a frame that is not as it was sent.
+pub(super) fn corrupt() -> Rejection {
+    Rejection::new(Reason::Corrupt, "a frame was damaged on its way", "")
+}
+
 impl From<pb::Reject> for Rejection {
     fn from(reject: pb::Reject) -> Self {
         let (reason, epoch, term) = (reject.reason(), Epoch(reject.epoch), Term(reject.term));
@@ -70,11 +75,6 @@ impl From<&Rejection> for pb::Reject {
             term: rejection.term.0,
         }
     }
-}
-
-/// A frame of one body.
-pub(crate) fn frame(body: pb::frame::Body) -> pb::Frame {
-    pb::Frame { body: Some(body) }
 }
 
 /// Where a target stands in a stream.

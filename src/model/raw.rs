@@ -119,6 +119,12 @@ impl<'a> Element<'a> {
     }
 }
 
+/// Whether it is a string, or one is in it.
+pub fn holds_string(element: &Element<'_>) -> bool {
+    let inner = || element.document().into_iter().flat_map(elements).map_while(Result::ok);
+    matches!(element.kind, STRING | SYMBOL) || inner().any(|element| holds_string(&element))
+}
+
 /// The elements of a document in order; after an error the iteration ends.
 pub fn elements(document: &RawDocument) -> impl Iterator<Item = Result<Element<'_>, Invalid>> {
     let bytes = document.as_bytes();

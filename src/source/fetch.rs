@@ -25,6 +25,10 @@ enum Read {
     Moved,
 }
 
+fn out_of_history(failure: &Failure) -> bool {
+    matches!(failure.server_code, Some(code::SNAPSHOT_TOO_OLD | code::SNAPSHOT_UNAVAILABLE))
+}
+
 impl Fetcher {
     /// Reads from the cluster behind `client`.
     pub fn new(client: Client) -> Self {
@@ -46,14 +50,21 @@ impl Fetcher {
             return Ok(answer);
         };
         let mut name = request.collection.clone();
-        let mut at = None;
+        let mut at = (request.at != 0).then_some(ClusterTime(request.at));
         let mut bytes = 0;
         for key in &request.keys {
             let Ok(key) = RawDocument::from_bytes(key) else {
                 answer.error = "a key is not a document".into();
                 return Ok(answer);
             };
-            let mut read = self.read_one(&request.database, &name, uuid, key, at, not_before).await?;
+            let mut read = match self.read_one(&request.database, &name, uuid, key, at, not_before).await {
+                // The time asked for is out of the history the server keeps.
+                Err(failure) if answer.documents.is_empty() && at.is_some() && out_of_history(&failure) => {
+                    at = None;
+                    self.read_one(&request.database, &name, uuid, key, at, not_before).await?
+                }
+                read => read?,
+            };
             if matches!(read, Read::Moved) {
                 let Some(current) = self.name_of(&request.database, uuid).await? else {
                     answer.collection_gone = true;

@@ -2,7 +2,7 @@
 //! target ever sees half a transaction.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,6 +11,7 @@ use farshore_testkit::mongo;
 use farshore_testkit::pair::{Between, Pair, PairOptions, Sets, Side};
 use farshore_testkit::sizes;
 use farshore_testkit::workload::{ConstantSum, Counters, Profile, Until, Workload};
+use mongodb::Client;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -107,6 +108,47 @@ async fn strike(pair: &mut Pair, cell: Cell, away: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Everything that writes at the source between two comparisons.
+struct Writers {
+    sum: ConstantSum,
+    counters: Counters,
+    transfers: u64,
+    increments: u64,
+    operations: u64,
+}
+
+impl Writers {
+    /// Writes until told to stop; everything but transfers and counters goes to databases of its own.
+    async fn run(mut self, source: Client, seed: u64, prefix: String, stop: Arc<AtomicBool>) -> Result<Self> {
+        let until = || Until::Flag(stop.clone());
+        // Much of everything but DDL, whose majority writes would be all that two processors get to.
+        let profile =
+            Profile { crud: 100, transactions: 10, ddl: 2, writers: 1, patience: CATCH_UP, ..Profile::default() };
+        let workload = Workload::new(seed, profile, &prefix);
+        let Self { sum, counters, .. } = &mut self;
+        let (transfers, increments, counts) = tokio::try_join!(
+            sum.run(&source, until()),
+            counters.run(&source, until()),
+            workload.run(&source, until())
+        )?;
+        self.transfers += transfers;
+        self.increments += increments;
+        self.operations += counts.operations();
+        Ok(self)
+    }
+}
+
+/// Reads the constant sum at the target all the time; returns how often it was whole.
+async fn read(target: Client, seed: u64, stop: Arc<AtomicBool>) -> Result<u64> {
+    let watched = ConstantSum::new(seed, "bank", 20);
+    let mut reads = 0;
+    while !stop.load(Ordering::Relaxed) {
+        reads += u64::from(watched.check(&target).await?.is_some());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(reads)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_is_killed_both_sites_end_equal() -> Result<()> {
     let (seed, kills) = (sizes::seed(), sizes::kills());
@@ -114,62 +156,43 @@ async fn whatever_is_killed_both_sites_end_equal() -> Result<()> {
     let settings = vec![("lease", "ttl", "\"2s\"".to_owned())];
     let mut pair = pair(PairOptions { sets, between: Between::Tcp, settings, ..PairOptions::default() }).await?;
     let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
-    let stop = Arc::new(AtomicBool::new(false));
-    let until = || Until::Flag(stop.clone());
-
-    let mut sum = ConstantSum::new(seed, "bank", 20);
+    let (sum, counters) = (ConstantSum::new(seed, "bank", 20), Counters::new(seed, "counters"));
     sum.load(&source).await?;
-    let watched = ConstantSum::new(seed, "bank", 20);
-    let mut counters = Counters::new(seed, "counters");
-    // Much of everything but DDL, whose majority writes would be all that two processors get to.
-    let profile = Profile { crud: 100, transactions: 10, ddl: 2, writers: 1, patience: CATCH_UP, ..Profile::default() };
-    let workload = Workload::new(seed, profile, "app");
-    let reads = Arc::new(AtomicU64::new(0));
-    let spawn = |client: &mongodb::Client| client.clone();
-    let (for_sum, for_counters, for_workload) = (spawn(&source), spawn(&source), spawn(&source));
-    let (until_sum, until_counters, until_workload) = (until(), until(), until());
-    let transfers = tokio::spawn(async move { sum.run(&for_sum, until_sum).await });
-    let counting = tokio::spawn(async move {
-        let done = counters.run(&for_counters, until_counters).await;
-        done.map(|done| (done, counters))
-    });
-    let writing = tokio::spawn(async move { workload.run(&for_workload, until_workload).await });
-    let (reading_stop, reading_count) = (stop.clone(), reads.clone());
-    let reading = tokio::spawn(async move {
-        while !reading_stop.load(Ordering::Relaxed) {
-            if watched.check(&target).await?.is_some() {
-                reading_count.fetch_add(1, Ordering::Relaxed);
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        anyhow::Ok(())
-    });
+    let mut writers = Writers { sum, counters, transfers: 0, increments: 0, operations: 0 };
+    let end = Arc::new(AtomicBool::new(false));
+    let reading = tokio::spawn(read(target.clone(), seed, end.clone()));
 
     let mut rng = StdRng::seed_from_u64(seed);
     let limit = sizes::time_limit().map(|limit| Instant::now() + limit);
-    let mut done = 0;
+    let (mut done, mut documents) = (0, 0);
     while done < kills && limit.is_none_or(|limit| Instant::now() < limit) {
         let cell = CELLS[usize::try_from(done)? % CELLS.len()];
+        let kill = || format!("kill {done} ({cell:?}), seed {seed}");
+        let stop = Arc::new(AtomicBool::new(false));
+        let prefix = format!("app{done}");
+        let writing = tokio::spawn(writers.run(source.clone(), seed.wrapping_add(done), prefix.clone(), stop.clone()));
         tokio::time::sleep(Duration::from_millis(rng.random_range(100..800))).await;
         let away = Duration::from_millis(rng.random_range(50..900));
-        strike(&mut pair, cell, away).await.with_context(|| format!("{cell:?}"))?;
+        strike(&mut pair, cell, away).await.with_context(kill)?;
         let back = Instant::now();
-        caught_up(&mut pair).await.with_context(|| format!("after kill {done} ({cell:?}), seed {seed}"))?;
+        caught_up(&mut pair).await.with_context(kill)?;
         println!("kill {done} {cell:?}: away {away:?}, applying again after {:?}", back.elapsed());
+        stop.store(true, Ordering::Relaxed);
+        writers = writing.await?.with_context(kill)?;
+        documents += equal(&mut pair, &Options::default()).await.with_context(kill)?.documents;
+        writers.counters.check(&target).await.with_context(kill)?;
+        for name in source.list_database_names().await?.iter().filter(|name| name.starts_with(&prefix)) {
+            source.database(name).drop().await?;
+        }
         done += 1;
     }
 
-    stop.store(true, Ordering::Relaxed);
-    let transfers = transfers.await??;
-    let (increments, counters) = counting.await??;
-    let counts = writing.await??;
-    reading.await?.context("the reader of the target")?;
-    let comparison = equal(&mut pair, &Options::default()).await?;
-    counters.check(&client(&mut pair, Side::South)?).await?;
-    let reads = reads.load(Ordering::Relaxed);
+    end.store(true, Ordering::Relaxed);
+    let reads = reading.await?.context("the reader of the target")?;
+    let Writers { transfers, increments, operations, .. } = writers;
     println!(
-        "seed {seed}: {done} kills, {} operations, {transfers} transfers, {increments} increments, {reads} snapshot reads\n{comparison}",
-        counts.operations()
+        "seed {seed}: {done} kills, after each both sites equal ({documents} documents compared), {operations} operations, \
+         {transfers} transfers, {increments} increments, {reads} snapshot reads"
     );
     ensure!(transfers > 0 && increments > 0 && reads > 0, "nothing went on during the kills");
     ensure!(done >= CELLS.len() as u64 || limit.is_some(), "not every cell was struck");

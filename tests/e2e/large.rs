@@ -72,6 +72,10 @@ async fn documents_and_deltas(pair: &mut Pair, source: &Client) -> Result<()> {
     big.update_one(doc! {"_id": 1}, doc! {"$set": new}).await?;
     big.update_one(doc! {"_id": 1}, doc! {"$push": {"parts": {"$each": [], "$slice": 700}}}).await?;
     step(pair, "deltas of a thousand paths").await?;
+    let touched =
+        doc! {"$map": {"input": "$parts", "in": {"$mergeObjects": ["$$this", {"x": {"$add": ["$$this.n", 1]}}]}}};
+    big.update_one(doc! {"_id": 0}, vec![doc! {"$set": {"parts": touched}}]).await?;
+    step(pair, "every element of an array of 1,500 touched by a pipeline").await?;
     big.insert_one(document("grows", 20, 6 * MB)).await?;
     big.update_one(doc! {"_id": "grows"}, doc! {"$set": {"top": text(21, 9 * MB)}}).await?;
     big.update_one(doc! {"_id": "grows"}, doc! {"$set": {"top": 1, "deep.note": text(22, 9 * MB)}}).await?;

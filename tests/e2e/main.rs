@@ -7,6 +7,7 @@ mod divergence;
 mod handover;
 mod kills;
 mod large;
+mod links;
 mod metrics;
 mod orphans;
 mod refusals;

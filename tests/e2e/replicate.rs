@@ -46,10 +46,14 @@ async fn odd_names_and_moved_fields_are_what_they_are() -> Result<()> {
     documents.update_one(one(1), doc! {"$set": {"a.b": 8}}).await?;
     documents.update_one(one(2), set_field("a.b", 7)).await?;
     documents.update_one(one(2), doc! {"$unset": {"a.b": ""}}).await?;
-    for name in ["$c", "", ".x", "x.", "0.0", "list.0"] {
+    for name in ["$c", "", ".x", "x.", "0.0", "list.0", "$v", "$set"] {
         documents.update_one(one(3), set_field(name, 1)).await?;
         documents.update_one(one(3), set_field(name, 2)).await?;
     }
+    // What looks like an update of the oplog, or like operators.
+    documents.insert_one(doc! {"_id": 9, "$v": 2, "diff": {"u": {"x": 1}}, "$set": {"x": 1}}).await?;
+    documents.update_one(one(9), set_field("$v", 1)).await?;
+    documents.update_one(one(9), doc! {"$set": {"diff.u.x": 2}}).await?;
     // Numbers that are names here and indexes there.
     documents.update_one(one(4), doc! {"$set": {"a.0": 5, "a.00": 6, "list.1.0": 7, "list.4": 8}}).await?;
     // Fields that only change their places, at the top and below.

@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bson::spec::BinarySubtype;
-use bson::{Binary, doc};
+use bson::{Binary, Document, doc};
 use farshore_api::Position;
 use farshore_testkit::compare::Options;
 use farshore_testkit::pair::{Between, Pair, PairOptions, Side};
-use farshore_testkit::proxy::faults::Faults;
+use farshore_testkit::proxy::faults::{Counts, Faults};
 use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
 use rand::RngCore as _;
 
-use crate::support::{client, equal, leader, now_at, pair, status, stream};
+use crate::support::{caught_up, client, equal, leader, now_at, pair, status, stream};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -141,28 +141,45 @@ async fn room_in_every_outbox(pair: &Pair) -> Result<()> {
 async fn a_link_that_corrupts_and_loses_frames_loses_nothing() -> Result<()> {
     let options = PairOptions { between: Between::Grpc(5), dialler: Some(Side::North), ..PairOptions::default() };
     let mut pair = pair(options).await?;
-    let source = client(&mut pair, Side::North)?;
-    let to_target =
-        Faults { batch_drop: 0.01, batch_repeat: 0.02, batch_swap: 0.02, batch_corrupt: 0.03, ..Faults::default() };
+    let (source, target) = (client(&mut pair, Side::North)?, client(&mut pair, Side::South)?);
+    // What is gone at the target is fetched again over the same link.
+    let gone = source.database("shop").collection::<Document>("gone");
+    gone.insert_many((0..60).map(|id| doc! {"_id": id, "text": "t".repeat(500)})).await?;
+    caught_up(&mut pair).await?;
+    target.database("shop").collection::<Document>("gone").delete_many(doc! {}).await?;
+    let to_target = Faults {
+        batch_drop: 0.01,
+        batch_repeat: 0.02,
+        batch_swap: 0.02,
+        batch_corrupt: 0.03,
+        fetched_corrupt: 0.5,
+        ..Faults::default()
+    };
+    let to_source = Faults { ack_drop: 0.3, ack_repeat: 0.1, ack_swap: 0.1, ack_corrupt: 0.02, ..Faults::default() };
     pair.link.set_faults(Side::South, to_target);
-    pair.link.set_faults(Side::North, Faults { ack_drop: 0.3, ack_repeat: 0.1, ..Faults::default() });
+    pair.link.set_faults(Side::North, to_source);
+    for id in 0..60 {
+        gone.update_one(doc! {"_id": id}, doc! {"$set": {"n": id}}).await?;
+    }
     let workload = Workload::new(11, Profile::without_ddl(), "app");
     workload.run(&source, Until::Operations(1_500)).await?;
     let shared = &pair;
     wait::until("a corrupted record to be noticed", DEADLINE, || async {
-        let stream = stream(shared).await?;
-        let corrupted: u64 = shared.link.counts(Side::South).iter().map(|counts| counts.batch_corruptions).sum();
+        let noticed = stream(shared).await?.corrupt_records;
+        let sum = |side, of: fn(&Counts) -> u64| shared.link.counts(side).iter().map(of).sum::<u64>();
+        let corrupted = [
+            sum(Side::South, |counts| counts.batch_corruptions),
+            sum(Side::South, |counts| counts.fetched_corruptions),
+            sum(Side::North, |counts| counts.ack_corruptions),
+        ];
         workload.run(&source, Until::Operations(20)).await?;
-        if corrupted > 0 && stream.corrupt_records > 0 {
-            Ok(())
-        } else {
-            bail!("{corrupted} corrupted, {} noticed", stream.corrupt_records)
-        }
+        ensure!(corrupted.iter().all(|count| *count > 0) && noticed > 1, "{corrupted:?} corrupted, {noticed} noticed");
+        Ok(())
     })
     .await?;
     pair.link.set_faults(Side::South, Faults::default());
     pair.link.set_faults(Side::North, Faults::default());
     let comparison = equal(&mut pair, &Options::default()).await?;
-    println!("{:?}\n{comparison}", pair.link.counts(Side::South));
+    println!("{:?}\n{:?}\n{comparison}", pair.link.counts(Side::South), pair.link.counts(Side::North));
     Ok(())
 }

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bson::doc;
+use bson::{Document, doc};
 use farshore_api::replication::v1 as wire;
 use farshore_api::tls::{Expected, Reloading, TlsFiles};
 use farshore_testkit::agent::{AgentConfig, AgentProcess};
 use farshore_testkit::compare::Options;
-use farshore_testkit::mongo::{ReplicaSet, Warm};
-use farshore_testkit::pair::{Pair, PairOptions, Side};
+use farshore_testkit::mongo::{self, ReplicaSet, Warm};
+use farshore_testkit::pair::{Pair, PairOptions, Sets, Side};
 use farshore_testkit::pki::{Identity, Pki, Role};
 use farshore_testkit::wait;
 use rustls::ClientConfig;
@@ -64,7 +64,7 @@ async fn session(agent: &AgentProcess, identity: &Identity, site: &str) -> Resul
         leader: true,
         ..Default::default()
     };
-    let first = wire::Frame { body: Some(wire::frame::Body::Hello(hello)) };
+    let first = wire::Frame::of(wire::frame::Body::Hello(hello));
     let frames = futures::StreamExt::chain(futures::stream::iter([first]), futures::stream::pending());
     let mut answer = ReplicationClient::new(channel).session(frames).await?.into_inner();
     // Its own Hello comes first, then what it thinks of ours.
@@ -159,6 +159,33 @@ async fn an_agent_ships_no_stream_but_that_of_its_own_site() -> Result<()> {
     let after = client(&mut pair, Side::South)?.list_database_names().await?;
     ensure!(before == after, "south had {before:?} and has {after:?}");
     Ok(())
+}
+
+/// Servers that take nothing but TLS; the agents log in with a password, then with certificates.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mongodb_that_wants_tls_is_replicated_with_passwords_and_with_certificates() -> Result<()> {
+    let databases = Arc::new(Pki::new("databases")?);
+    let sets = Sets::New(mongo::Options { tls: Some(databases.clone()), ..mongo::Options::default() });
+    let mut pair = pair(PairOptions { sets, ..PairOptions::default() }).await?;
+    let source = client(&mut pair, Side::North)?;
+    let items = source.database("shop").collection::<Document>("items");
+    items.insert_many((0..50).map(|id| doc! {"_id": id})).await?;
+    let first = equal(&mut pair, &Options::default()).await?;
+    for side in [Side::North, Side::South] {
+        let user = doc! {"createUser": "CN=farshore test", "roles": [{"role": "farshore", "db": "admin"}]};
+        client(&mut pair, side)?.database("$external").run_command(user).await?;
+        let login = databases.mongod()?;
+        let agent = &mut pair.site(side).agents[0];
+        let config = agent.config_mut();
+        config.unset("mongodb", "username");
+        config.unset("mongodb", "password_file");
+        config.set_text("mongodb", "tls_certificate_key_file", &login.certificate_key_file.display().to_string());
+        agent.restart()?;
+    }
+    items.insert_many((50..100).map(|id| doc! {"_id": id})).await?;
+    let second = equal(&mut pair, &Options::default()).await?;
+    ensure!((first.documents, second.documents) == (50, 100), "{first}\n{second}");
+    pair.check_logs(&[])
 }
 
 fn seconds_from_now(valid: Duration) -> Result<f64> {

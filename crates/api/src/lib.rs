@@ -5,6 +5,7 @@
 //! beside the vocabulary types, so a field is translated in one place.
 
 pub mod client;
+mod frame;
 pub mod identity;
 pub mod position;
 pub mod tls;

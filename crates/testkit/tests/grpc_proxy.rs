@@ -43,7 +43,7 @@ impl Replication for Peer {
             };
             let credit = batch.record.len() as u64;
             records.lock().expect("nobody panics").push(batch.record);
-            Ok(Frame { body: Some(Body::Ack(Ack { credit, ..Ack::default() })) })
+            Ok(Frame::of(Body::Ack(Ack { credit, ..Ack::default() })))
         });
         Ok(Response::new(answers.boxed()))
     }
@@ -73,7 +73,7 @@ impl Session {
     }
 
     async fn send(&self, body: Body) -> Result<()> {
-        Ok(self.send.send(Frame { body: Some(body) }).await?)
+        Ok(self.send.send(Frame::of(body)).await?)
     }
 
     async fn next(&mut self) -> Result<Frame> {

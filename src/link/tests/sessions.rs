@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use super::pki::Pki;
 use super::world::{Agent, Options, at};
 use crate::link::testing::{batch, hash_before, incarnation, site};
-use crate::link::wire::{Greeting, Originating, frame};
+use crate::link::wire::{Greeting, Originating};
 use crate::link::{Leadership, LinkState, REASONS};
 use crate::model::{AgentId, Epoch, Term};
 use crate::outbox::LogId;
@@ -27,7 +27,7 @@ async fn say(agent: &Agent, tls: Arc<Reloading>, frames: Vec<Body>) -> Result<pb
     let channel = connect(&agent.address, tls, Expected::AnySite).await.expect("connects");
     let (out, outgoing) = mpsc::channel(8);
     for body in frames {
-        out.send(frame(body)).await.expect("room");
+        out.send(pb::Frame::of(body)).await.expect("room");
     }
     let mut incoming = ReplicationClient::new(channel).session(ReceiverStream::new(outgoing)).await?.into_inner();
     while let Some(frame) = incoming.message().await? {
@@ -110,7 +110,7 @@ async fn an_inbox_that_is_cut_back_before_the_peers_hello_is_received_again() {
     };
     assert_eq!(said.receiving[0].received.map(Into::into), Some(at(20)));
     inbox.rewind(at(12), first.header().hash, None).await.expect("cut back");
-    out.send(frame(hello("north", 5))).await.expect("room");
+    out.send(pb::Frame::of(hello("north", 5))).await.expect("room");
     // A peer that only waits is held to be gone after 15 s.
     let ended = async { while let Ok(Some(_)) = incoming.message().await {} };
     tokio::time::timeout(Duration::from_secs(8), ended).await.expect("the session ends at once");

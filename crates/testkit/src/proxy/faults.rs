@@ -1,7 +1,7 @@
 //! What happens to decoded frames of one direction: pure, driven by a seed.
 //!
-//! Only batches and acknowledgements suffer; other frames pass in their order, so a session always gets as far as its
-//! hellos. The same seed, faults and frames give the same result.
+//! Only batches, acknowledgements and fetched documents suffer; other frames pass in their order, so a session always gets as
+//! far as its hellos. The same seed, faults and frames give the same result.
 
 use bytes::{Bytes, BytesMut};
 use farshore_api::replication::v1::{Frame, frame::Body};
@@ -23,6 +23,12 @@ pub struct Faults {
     pub ack_drop: f64,
     /// An acknowledgement comes twice.
     pub ack_repeat: f64,
+    /// An acknowledgement comes after the frame that follows it.
+    pub ack_swap: f64,
+    /// A position of an acknowledgement is changed.
+    pub ack_corrupt: f64,
+    /// One byte of fetched documents is changed.
+    pub fetched_corrupt: f64,
 }
 
 /// How often each fault has happened, and how many frames went through.
@@ -37,6 +43,9 @@ pub struct Counts {
     pub batch_corruptions: u64,
     pub ack_drops: u64,
     pub ack_repeats: u64,
+    pub ack_swaps: u64,
+    pub ack_corruptions: u64,
+    pub fetched_corruptions: u64,
 }
 
 /// Applies [`Faults`] to the frames of one direction of one session after another.
@@ -45,7 +54,7 @@ pub struct Injector {
     faults: Faults,
     random: StdRng,
     counts: Counts,
-    /// A batch that waits for the next frame to overtake it.
+    /// A batch or an acknowledgement that waits for the next frame to overtake it.
     held: Option<Frame>,
 }
 
@@ -76,7 +85,8 @@ impl Injector {
         let overtaken = self.held.take();
         let mut arriving = match &frame.body {
             Some(Body::Batch(_)) => self.on_batch(frame, overtaken.is_none()),
-            Some(Body::Ack(_)) => self.on_ack(frame),
+            Some(Body::Ack(_)) => self.on_ack(frame, overtaken.is_none()),
+            Some(Body::Fetched(_)) => self.on_fetched(frame),
             _ => vec![frame],
         };
         arriving.extend(overtaken);
@@ -105,7 +115,7 @@ impl Injector {
         vec![frame]
     }
 
-    fn on_ack(&mut self, frame: Frame) -> Vec<Frame> {
+    fn on_ack(&mut self, mut frame: Frame, may_hold: bool) -> Vec<Frame> {
         self.counts.acks += 1;
         let faults = self.faults;
         if self.happens(faults.ack_drop) {
@@ -116,6 +126,21 @@ impl Injector {
             self.counts.ack_repeats += 1;
             return vec![frame.clone(), frame];
         }
+        if self.happens(faults.ack_corrupt) && self.corrupt(&mut frame) {
+            self.counts.ack_corruptions += 1;
+        }
+        if may_hold && self.happens(faults.ack_swap) {
+            self.counts.ack_swaps += 1;
+            self.held = Some(frame);
+            return Vec::new();
+        }
+        vec![frame]
+    }
+
+    fn on_fetched(&mut self, mut frame: Frame) -> Vec<Frame> {
+        if self.happens(self.faults.fetched_corrupt) && self.corrupt(&mut frame) {
+            self.counts.fetched_corruptions += 1;
+        }
         vec![frame]
     }
 
@@ -125,33 +150,44 @@ impl Injector {
     }
 
     fn corrupt(&mut self, frame: &mut Frame) -> bool {
-        let Some(Body::Batch(batch)) = &mut frame.body else {
-            return false;
+        let bytes = match &mut frame.body {
+            Some(Body::Batch(batch)) => &mut batch.record,
+            Some(Body::Fetched(fetched)) => match fetched.documents.iter_mut().find(|document| !document.is_empty()) {
+                Some(document) => document,
+                None => return false,
+            },
+            Some(Body::Ack(ack)) => {
+                let Some(applied) = &mut ack.applied else { return false };
+                applied.time += self.random.random_range(1..1 << 40);
+                return true;
+            }
+            _ => return false,
         };
-        if batch.record.is_empty() {
+        if bytes.is_empty() {
             return false;
         }
-        let mut record = BytesMut::from(&batch.record[..]);
-        let place = self.random.random_range(0..record.len());
-        record[place] ^= self.random.random_range(1..=u8::MAX);
-        batch.record = Bytes::from(record);
+        let mut changed = BytesMut::from(&bytes[..]);
+        let place = self.random.random_range(0..changed.len());
+        changed[place] ^= self.random.random_range(1..=u8::MAX);
+        *bytes = Bytes::from(changed);
         true
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use farshore_api::replication::v1::{Ack, Batch, Hello};
+    use farshore_api::replication::v1::{Ack, Batch, Hello, Position};
 
     use super::*;
 
     fn batch(number: u8) -> Frame {
         let record = Bytes::from(vec![number; 100]);
-        Frame { body: Some(Body::Batch(Batch { record, ..Batch::default() })) }
+        Frame::of(Body::Batch(Batch { record, ..Batch::default() }))
     }
 
     fn ack(credit: u64) -> Frame {
-        Frame { body: Some(Body::Ack(Ack { credit, ..Ack::default() })) }
+        let applied = Some(Position { time: credit, ordinal: 1 });
+        Frame::of(Body::Ack(Ack { credit, applied, ..Ack::default() }))
     }
 
     fn run(seed: u64, faults: Faults) -> (Vec<Frame>, Counts) {
@@ -179,6 +215,9 @@ mod tests {
             batch_corrupt: 0.1,
             ack_drop: 0.2,
             ack_repeat: 0.2,
+            ack_swap: 0.2,
+            ack_corrupt: 0.2,
+            fetched_corrupt: 0.0,
         };
         assert_eq!(run(7, faults), run(7, faults));
         assert_ne!(run(7, faults).0, run(8, faults).0);
@@ -190,6 +229,8 @@ mod tests {
             counts.batch_corruptions,
             counts.ack_drops,
             counts.ack_repeats,
+            counts.ack_swaps,
+            counts.ack_corruptions,
         ];
         assert!(happened.iter().all(|count| *count > 5), "{counts:?}");
     }
@@ -202,7 +243,7 @@ mod tests {
         assert_eq!(injector.on(batch(2)), [batch(2), batch(1)]);
         assert!(injector.on(batch(3)).is_empty());
         injector.reset();
-        let hello = Frame { body: Some(Body::Hello(Hello::default())) };
+        let hello = Frame::of(Body::Hello(Hello::default()));
         assert_eq!(injector.on(hello.clone()), [hello]);
     }
 

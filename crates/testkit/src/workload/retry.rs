@@ -18,6 +18,9 @@ const AGAIN: &[i32] = &[
     13435, 13436,
 ];
 
+/// MongoDB 6.0.5 fails deletes of some documents whose `_id` is NaN ("KeyString format error"); they stay.
+const BUG: i32 = 50_819;
+
 /// What follows from a belief that a disturbance made wrong: things that exist, or do not.
 const AFTER_DISTURBANCE: &[i32] = &[20, 26, 27, 48, 68, 72, 85, 86, 121, 166, 201, 11000];
 
@@ -57,7 +60,7 @@ pub(super) async fn send(
 }
 
 fn is_expected(code: i32, expect: &[i32], disturbed: bool) -> bool {
-    expect.contains(&code) || (disturbed && AFTER_DISTURBANCE.contains(&code))
+    code == BUG || expect.contains(&code) || (disturbed && AFTER_DISTURBANCE.contains(&code))
 }
 
 fn judge(error: &Error) -> Option<i32> {
