@@ -109,8 +109,10 @@ impl AgentConsole {
             CapturePhase::Retrying(reason) => ("waiting", reason.clone()),
             CapturePhase::Lost(lost) => ("failed", format!("{} ({})", lost.reason, lost.hint())),
             CapturePhase::Full(reason) => {
-                let left = format_duration(Duration::from_secs(self.oplog_window()));
-                ("failed", format!("{reason}; what follows waits in the oplog, which reaches back {left}"))
+                let window = self.oplog_window();
+                let left = (window > 0)
+                    .then(|| format!(", which reaches back {}", format_duration(Duration::from_secs(window))));
+                ("failed", format!("{reason}; what follows waits in the oplog{}", left.unwrap_or_default()))
             }
             CapturePhase::Failed(reason) => ("failed", reason.clone()),
         };

@@ -31,7 +31,7 @@ pub trait FetchClient: Send + Sync + 'static {
 
 pub(super) const RETRY_MIN: Duration = Duration::from_millis(10);
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
-/// A transaction that was tried for so long without success is shown as what holds the stream.
+/// A transaction that was tried for so long without success is told as what holds the stream.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Nobody else writes what a transaction writes. One that conflicted for so long is too large for the server's cache: not
 /// every version of MongoDB says so.
@@ -88,19 +88,29 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                     }
                 }
             };
-            let since = matches!(failed, TargetError::Conflict(_)).then(|| conflicting.unwrap_or_else(Instant::now));
-            conflicting = since;
+            if matches!(failed, TargetError::Conflict(_)) {
+                conflicting.get_or_insert_with(Instant::now);
+            }
+            let conflicted = conflicting.map(|since| since.elapsed());
+            let patient = began.elapsed() < PATIENCE || conflicted.is_some_and(|elapsed| elapsed < CONFLICTS);
             match failed {
                 TargetError::Conflict(reason)
-                    if since.is_some_and(|since| since.elapsed() >= CONFLICTS) && job.items.len() > 1 =>
+                    if conflicted.is_some_and(|elapsed| elapsed >= CONFLICTS) && job.items.len() > 1 =>
                 {
                     return Err(TargetError::TooLarge(reason));
                 }
-                TargetError::Conflict(reason) | TargetError::Transient(reason) if began.elapsed() < PATIENCE => {
+                TargetError::Conflict(reason) | TargetError::Transient(reason) if patient => {
                     tracing::debug!(reason, "transaction tried again");
                     self.status.send_modify(|status| status.retries += 1);
                     tokio::time::sleep(delay).await;
                     delay = (delay * 2).min(RETRY_MAX);
+                }
+                // No passing thing any more: it is tried again, but a person must know.
+                TargetError::Conflict(reason) | TargetError::Transient(reason) => {
+                    return Err(TargetError::Fatal {
+                        message: format!("changes at {} cannot be applied: {reason}", job.items[0].position),
+                        hint: "see the reason; they are tried again by themselves",
+                    });
                 }
                 error => return Err(error),
             }
@@ -277,7 +287,8 @@ impl<T: Target, F: FetchClient> Apply<T, F> {
                 let document = fetched.documents.get(index).filter(|d| !d.is_empty() && !fetched.collection_gone);
                 for one in answers(collection, suspect, document, at)? {
                     // What is there already must not go back, whoever answers.
-                    if self.floors.get(&(collection, one.floor.key)).is_some_and(|newer| *newer > at) {
+                    let newer = self.floors.get(&(collection, one.floor.key)).is_some_and(|newer| *newer > at);
+                    if newer && !fetched.collection_gone {
                         return Err(TargetError::Transient(format!("fetch from {}: an old state", self.source)));
                     }
                     resolved.insert(one.floor.key, one);

@@ -58,6 +58,8 @@ pub(super) struct Ship {
     reads: FuturesUnordered<BoxFuture<'static, pb::Fetched>>,
     turns: Arc<Semaphore>,
     progress: watch::Receiver<SourceProgress>,
+    /// The target has acknowledged something in this session.
+    heard: bool,
 }
 
 fn view(state: Option<&LogState>) -> Option<OutboxView> {
@@ -83,6 +85,7 @@ impl Ship {
             reads: FuturesUnordered::new(),
             turns: Arc::new(Semaphore::new(READS)),
             progress,
+            heard: false,
         }
     }
 
@@ -92,7 +95,6 @@ impl Ship {
         self.entry().outgoing.send_modify(|view| {
             view.open = true;
             view.received = receiving.received.map(|standing| standing.position);
-            view.applied = None;
         });
         let outbox = view(self.moved.borrow_and_update().as_ref());
         self.decide(sender::Event::Hello(receiving, outbox))
@@ -168,10 +170,12 @@ impl Ship {
     }
 
     pub(super) fn acked(&mut self, ack: &pb::Ack) -> Outcome {
+        // One that was overtaken says less; the first one of a session says what holds.
+        let first = !std::mem::replace(&mut self.heard, true);
         self.entry().outgoing.send_modify(|view| {
-            // One that was overtaken says less.
+            let before = if first { None } else { view.applied };
             view.received = view.received.max(ack.received.map(Into::into));
-            view.applied = view.applied.max(ack.applied.map(Into::into));
+            view.applied = before.max(ack.applied.map(Into::into));
             view.heard = Some(Instant::now());
         });
         self.shared.link_carries(self.entry());

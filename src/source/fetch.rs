@@ -22,7 +22,10 @@ pub struct Fetcher {
 
 enum Read {
     Document(Option<RawDocumentBuf>, ClusterTime),
+    /// It is not of this name.
     Moved,
+    /// There is no such collection.
+    Gone,
 }
 
 fn out_of_history(failure: &Failure) -> bool {
@@ -50,35 +53,35 @@ impl Fetcher {
             return Ok(answer);
         };
         let mut name = request.collection.clone();
-        let mut at = (request.at != 0).then_some(ClusterTime(request.at));
+        let mut asked = (request.at != 0).then_some(ClusterTime(request.at));
+        let mut at = asked;
         let mut bytes = 0;
         for key in &request.keys {
             let Ok(key) = RawDocument::from_bytes(key) else {
                 answer.error = "a key is not a document".into();
                 return Ok(answer);
             };
-            let mut read = match self.read_one(&request.database, &name, uuid, key, at, not_before).await {
-                // The time asked for is out of the history the server keeps.
-                Err(failure) if answer.documents.is_empty() && at.is_some() && out_of_history(&failure) => {
-                    at = None;
-                    self.read_one(&request.database, &name, uuid, key, at, not_before).await?
-                }
-                read => read?,
+            let mut read = self.read_named(request, &mut name, uuid, key, at, not_before).await;
+            // At the time asked for it may be out of the history the server keeps, which a rename ends, too.
+            let unknown = match &read {
+                Ok(read) => !matches!(read, Read::Document(..)),
+                Err(failure) => out_of_history(failure),
             };
-            if matches!(read, Read::Moved) {
-                let Some(current) = self.name_of(&request.database, uuid).await? else {
-                    answer.collection_gone = true;
-                    answer.at = at.unwrap_or(not_before).0;
-                    return Ok(answer);
-                };
-                name = current;
-                read = self.read_one(&request.database, &name, uuid, key, at, not_before).await?;
+            if unknown && asked.take().is_some() {
+                at = None;
+                read = self.read_named(request, &mut name, uuid, key, at, not_before).await;
+            }
+            let read = read?;
+            if matches!(read, Read::Gone) {
+                answer.collection_gone = true;
+                answer.at = at.unwrap_or(not_before).0;
+                return Ok(answer);
             }
             let Read::Document(document, time) = read else {
                 answer.error = "the collection is being renamed".into();
                 return Ok(answer);
             };
-            at = Some(time);
+            (asked, at) = (None, Some(time));
             bytes += document.as_ref().map_or(0, |d| d.as_bytes().len());
             answer.documents.push(document.map_or_else(Bytes::new, |d| Bytes::from(d.into_bytes())));
             if bytes >= ANSWER_BYTES {
@@ -87,6 +90,29 @@ impl Fetcher {
         }
         answer.at = at.unwrap_or(not_before).0;
         Ok(answer)
+    }
+
+    /// Reads under the name the collection has, which may be another than the target knows.
+    async fn read_named(
+        &self,
+        request: &Fetch,
+        name: &mut String,
+        uuid: CollectionUuid,
+        key: &RawDocument,
+        at: Option<ClusterTime>,
+        not_before: ClusterTime,
+    ) -> Result<Read, Failure> {
+        let read = self.read_one(&request.database, name, uuid, key, at, not_before).await?;
+        if !matches!(read, Read::Moved) {
+            return Ok(read);
+        }
+        match self.name_of(&request.database, uuid).await? {
+            None => Ok(Read::Gone),
+            Some(current) => {
+                *name = current;
+                self.read_one(&request.database, name, uuid, key, at, not_before).await
+            }
+        }
     }
 
     async fn read_one(

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bson::{Bson, Document, doc};
+use farshore::source::fetch::Fetcher;
+use farshore_api::replication::v1::Fetch;
 use farshore_testkit::compare::{self, Options};
 use farshore_testkit::pair::{Pair, PairOptions, Side};
 use farshore_testkit::wait;
 use farshore_testkit::workload::{Profile, Until, Workload};
 use mongodb::{Client, Collection};
 
-use crate::support::{caught_up, client, equal, pair, stream};
+use crate::support::{caught_up, client, equal, now_at, pair, stream};
 
 const NOTICED: &str = "document differs from the source; fetched again";
 
@@ -290,4 +292,41 @@ async fn ids_that_are_one_under_a_collation_are_healed_at_one_time() -> Result<(
     // The first one found brings the others ahead, which are not told one by one then.
     ensure!(stream.healed >= 1 && stream.healed == stream.diverged, "{stream:?}");
     pair.check_logs(&[])
+}
+
+/// The time of a document that is ahead may lie before a rename, which ends what the server can tell of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_time_before_a_rename_is_no_reason_to_fetch_nothing() -> Result<()> {
+    let mut pair = pair(PairOptions::default()).await?;
+    let source = client(&mut pair, Side::North)?;
+    let shop = source.database("shop");
+    shop.collection::<Document>("a").insert_one(doc! {"_id": "x", "v": 1}).await?;
+    let listed = shop.run_command(doc! {"listCollections": 1, "filter": {"name": "a"}}).await?;
+    let listed = listed.get_document("cursor")?.get_array("firstBatch")?[0].as_document().context("a collection")?;
+    let Some(Bson::Binary(uuid)) = listed.get_document("info")?.get("uuid").cloned() else { bail!("{listed}") };
+    let before = now_at(&source).await?;
+    let fetcher = Fetcher::new(source.clone());
+    let key = bson::serialize_to_vec(&doc! {"_id": "x"})?;
+    let mut request = Fetch {
+        database: "shop".into(),
+        collection: "a".into(),
+        collection_uuid: uuid.bytes.into(),
+        keys: vec![key.into()],
+        at: before.0,
+        ..Fetch::default()
+    };
+    for (name, then) in [("a", "b"), ("b", "c"), ("c", "d")] {
+        let now = now_at(&source).await?;
+        let fetched = fetcher.fetch(&request, now).await;
+        ensure!(fetched.error.is_empty() && fetched.documents.len() == 1, "{name}: {fetched:?}");
+        ensure!(!fetched.documents[0].is_empty() && fetched.at >= before.0, "{name}: {fetched:?}");
+        let rename = doc! {"renameCollection": format!("shop.{name}"), "to": format!("shop.{then}")};
+        source.database("admin").run_command(rename).await?;
+    }
+    shop.collection::<Document>("d").drop().await?;
+    let fetched = fetcher.fetch(&request, now_at(&source).await?).await;
+    ensure!(fetched.error.is_empty() && fetched.collection_gone, "{fetched:?}");
+    request.at = 0;
+    ensure!(fetcher.fetch(&request, now_at(&source).await?).await.collection_gone, "gone");
+    Ok(())
 }

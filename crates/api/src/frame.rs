@@ -16,21 +16,21 @@ impl Frame {
 
 /// CRC-32 of the body's encoding, of the fields of protocol version 1 only; a batch's record has a checksum of its own.
 fn checksum(body: &Body) -> u32 {
-    let mut bytes = Vec::new();
+    let encoded = |body: &Body| {
+        let mut bytes = Vec::with_capacity(body.encoded_len());
+        body.encode(&mut bytes);
+        crc32fast::hash(&bytes)
+    };
     match body {
-        Body::Batch(batch) => {
-            let bare = Batch {
-                source: batch.source.clone(),
-                epoch: batch.epoch,
-                term: batch.term,
-                record: bytes::Bytes::new(),
-                begins: batch.begins,
-            };
-            Body::Batch(bare).encode(&mut bytes);
-        }
-        other => other.encode(&mut bytes),
+        Body::Batch(batch) => encoded(&Body::Batch(Batch {
+            source: batch.source.clone(),
+            epoch: batch.epoch,
+            term: batch.term,
+            record: bytes::Bytes::new(),
+            begins: batch.begins,
+        })),
+        other => encoded(other),
     }
-    crc32fast::hash(&bytes)
 }
 
 #[cfg(test)]
