@@ -13,7 +13,8 @@ use farshore::apply::plan::{Floors, plan};
 use farshore::apply::route::Router;
 use farshore::model::raw;
 use farshore::model::{
-    Batch, BatchBuilder, Change, ClusterTime, CollectionUuid, Epoch, Incarnation, LaneId, Position, StreamHash, hash,
+    Batch, BatchBuilder, Change, ClusterTime, CollectionUuid, Epoch, Incarnation, LaneId, Op, Position, StreamHash,
+    hash,
 };
 use farshore::source::chunk::{Chunker, Reply};
 
@@ -80,7 +81,7 @@ fn reply(events: &[RawDocumentBuf]) -> Reply {
     for event in events {
         batch.push(event.clone());
     }
-    Reply(
+    Reply::new(
         rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token(CHANGES, false), "id": 1_i64}, "ok": 1.0},
     )
 }
@@ -115,6 +116,7 @@ fn items(events: &[RawDocumentBuf]) -> Vec<Item> {
         Item {
             position: Position::new(time(n), 1),
             bytes: Bytes::copy_from_slice(event.as_bytes()),
+            op: Op::of(event),
             collection: UUID,
             key: hash::key_identity(&id),
             doc_lane: hash::lane_of(UUID, &id),

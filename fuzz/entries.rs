@@ -101,7 +101,7 @@ pub(crate) fn reply(bytes: &[u8]) {
     let Ok(raw) = RawDocumentBuf::from_bytes(bytes.to_vec()) else { return };
     let before = Position::ZERO;
     let mut chunker = Chunker::new(Incarnation([1; 16]), Epoch(1), before, StreamHash::default());
-    let Ok(cuts) = chunker.cut(&Reply(raw)) else { return };
+    let Ok(cuts) = chunker.cut(&Reply::new(raw)) else { return };
     for cut in cuts {
         drop(Batch::decode(cut.batch.record().clone()).expect("what was cut is a record").changes());
     }

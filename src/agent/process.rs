@@ -71,10 +71,17 @@ pub(super) fn start_again() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Limits of what the C library's allocator keeps for itself, see mallopt(3): two arenas, as the runtime has two workers,
-/// and buffers from 1 MiB go back to the system when they are freed. Without them glibc keeps, with a large backlog, as
-/// much again as is in use (docs/PERFORMANCE.md). Other C libraries ignore them.
-const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "1048576")];
+/// What the C library's allocator is told, see mallopt(3): two arenas, as the runtime has two workers; buffers from 2 MiB go
+/// back to the system when they are freed, and so does what is free beyond 4 MiB. Without limits glibc keeps, with a large
+/// backlog, as much again as is in use; with tighter ones the pages of every buffer are faulted in anew, which was half of
+/// the source agent's time. Large pages are asked for (glibc 2.35) for the same reason. Figures are in docs/PERFORMANCE.md. Other
+/// C libraries ignore all this.
+const ALLOCATOR: [(&str, &str); 4] = [
+    ("MALLOC_ARENA_MAX", "2"),
+    ("MALLOC_MMAP_THRESHOLD_", "2097152"),
+    ("MALLOC_TRIM_THRESHOLD_", "4194304"),
+    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+];
 
 /// Returns in a process whose allocator has its limits; whoever sets one himself keeps it. They are read when a process
 /// starts and have no safe call, so they go into the environment of the same process started once more.

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
-use crate::model::{ClusterTime, CollectionUuid, LaneId, Position, hash};
+use crate::model::{ClusterTime, CollectionUuid, LaneId, Op, Position, hash};
 
 /// A change on its way to a lane; shares its batch's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct Item {
     pub position: Position,
     /// The change event.
     pub bytes: Bytes,
+    /// What it does.
+    pub op: Op,
     /// Collection at the source.
     pub collection: CollectionUuid,
     /// Canonical identity of the document within the collection.

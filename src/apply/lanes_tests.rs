@@ -162,7 +162,7 @@ fn item(position: Position, (collection, id, value): Write) -> Item {
     let bytes = Bytes::from(vec![collection, id, u8::from(value.is_some()), value.unwrap_or(0)]);
     // Few lanes, so that collections meet in them, also in the one lane of the collection that changes its laning.
     let lane = if id < 2 { hash::lane_of_collection(uuid(2)) } else { LaneId::of(u64::from(id % 3)) };
-    Item { position, bytes, collection: uuid(collection), key: u128::from(id), doc_lane: lane }
+    Item { position, bytes, op: Op::Replace, collection: uuid(collection), key: u128::from(id), doc_lane: lane }
 }
 
 fn write_of(item: &Item) -> Write {

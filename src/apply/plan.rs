@@ -17,6 +17,8 @@ use crate::model::{Change, ClusterTime, CollectionUuid, Op};
 
 /// Statements in one command, at most.
 const COMMAND_STATEMENTS: usize = 1_000;
+/// Bytes a command begins with when nothing is known of its size.
+const SMALL_COMMAND: usize = 16 << 10;
 /// Bytes of one command before another is begun; one document more may follow, up to [`COMMAND_LIMIT`].
 pub(super) const COMMAND_BYTES: usize = 8 << 20;
 /// The server takes commands of 16 MiB and 16 KiB.
@@ -99,6 +101,7 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
     resolve(resolved, catalog, &mut ahead, &mut steps);
     let mut collections: Vec<(CollectionUuid, Grouper<'_>)> = Vec::new();
     let mut index: HashMap<CollectionUuid, usize> = HashMap::new();
+    let expected = Expected::of(items);
     for item in items {
         if ahead.get(&(item.collection, item.key)).is_some_and(|at| *at >= item.position.time) {
             continue;
@@ -110,7 +113,7 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
             return Err(PlanError::Ahead { position: item.position, collection: item.collection });
         }
         let slot = *index.entry(item.collection).or_insert_with(|| {
-            collections.push((item.collection, Grouper::new(entry)));
+            collections.push((item.collection, Grouper::new(entry, expected)));
             collections.len() - 1
         });
         collections[slot].1.add(item)?;
@@ -141,7 +144,7 @@ fn resolve(resolved: &[Resolved], catalog: &Entries, ahead: &mut Floors, steps: 
             let Presence::Present(_) = entry.presence else { continue };
             let group = match (kind, &one.document) {
                 (Kind::Delete, _) => {
-                    let mut group = Group::new(Kind::Delete, entry);
+                    let mut group = Group::new(Kind::Delete, entry, SMALL_COMMAND);
                     group.delete(&one.key);
                     group
                 }
@@ -155,9 +158,45 @@ fn resolve(resolved: &[Resolved], catalog: &Entries, ahead: &mut Floors, steps: 
     }
 }
 
+/// Bytes of a job's changes by the kind of command they become, at most: so that a command need not grow.
+#[derive(Clone, Copy, Default)]
+struct Expected {
+    insert: usize,
+    update: usize,
+    delete: usize,
+}
+
+impl Expected {
+    fn of(items: &[Item]) -> Self {
+        let mut expected = Self::default();
+        for item in items {
+            *expected.kind(match item.op {
+                Op::Insert => Kind::Insert,
+                Op::Delete => Kind::Delete,
+                _ => Kind::Update,
+            }) += item.bytes.len();
+        }
+        expected
+    }
+
+    fn kind(&mut self, kind: Kind) -> &mut usize {
+        match kind {
+            Kind::Insert => &mut self.insert,
+            Kind::Update | Kind::Patch => &mut self.update,
+            Kind::Delete => &mut self.delete,
+        }
+    }
+
+    /// What the first command of a kind begins with; later ones grow as they need.
+    fn take(&mut self, kind: Kind) -> usize {
+        std::mem::take(self.kind(kind)).clamp(SMALL_COMMAND, COMMAND_BYTES)
+    }
+}
+
 /// Groups the changes of one collection.
 struct Grouper<'a> {
     entry: &'a Entry,
+    expected: Expected,
     /// Groups in the order they run; within a generation by kind.
     groups: Vec<Group>,
     /// For each generation and kind the group that is still growing.
@@ -169,9 +208,10 @@ struct Grouper<'a> {
 }
 
 impl<'a> Grouper<'a> {
-    fn new(entry: &'a Entry) -> Self {
+    fn new(entry: &'a Entry, expected: Expected) -> Self {
         Self {
             entry,
+            expected,
             groups: Vec::new(),
             growing: HashMap::new(),
             order: Vec::new(),
@@ -245,7 +285,8 @@ impl<'a> Grouper<'a> {
         };
         let growing = self.growing.get(&(generation, kind)).copied().filter(|at| !full(&self.groups[*at]));
         let at = growing.unwrap_or_else(|| {
-            self.groups.push(Group::new(kind, self.entry));
+            let capacity = if kind == Kind::Patch { 0 } else { self.expected.take(kind) };
+            self.groups.push(Group::new(kind, self.entry, capacity));
             let at = self.groups.len() - 1;
             self.growing.insert((generation, kind), at);
             self.order.push((generation, kind, at));
@@ -273,8 +314,8 @@ struct Group {
 }
 
 impl Group {
-    fn new(kind: Kind, entry: &Entry) -> Self {
-        let mut writer = Writer::with_capacity(if kind == Kind::Patch { 0 } else { 16 << 10 });
+    fn new(kind: Kind, entry: &Entry, capacity: usize) -> Self {
+        let mut writer = Writer::with_capacity(capacity);
         let (command, list) = match kind {
             Kind::Insert => ("insert", "documents"),
             Kind::Update | Kind::Patch => ("update", "updates"),
@@ -295,12 +336,12 @@ impl Group {
     fn of_document(key: &RawDocument, document: &[u8], entry: &Entry) -> Self {
         match RawDocument::from_bytes(document) {
             Ok(document) if stamped(document) => {
-                let mut group = Self::new(Kind::Update, entry);
+                let mut group = Self::new(Kind::Update, entry, SMALL_COMMAND);
                 group.insert_literally(key, document);
                 group
             }
             _ => {
-                let mut group = Self::new(Kind::Insert, entry);
+                let mut group = Self::new(Kind::Insert, entry, SMALL_COMMAND);
                 group.insert(document);
                 group
             }
@@ -410,7 +451,7 @@ fn write_literal(writer: &mut Writer, document: &RawDocument) {
 
 /// The update command that writes patched documents back.
 pub fn write_back(entry: &Entry, documents: &[(RawDocumentBuf, RawDocumentBuf)]) -> (RawDocumentBuf, usize) {
-    let mut group = Group::new(Kind::Update, entry);
+    let mut group = Group::new(Kind::Update, entry, SMALL_COMMAND);
     for (key, document) in documents {
         group.replace(key, document);
     }
@@ -452,6 +493,7 @@ mod tests {
             key,
             doc_lane,
             collection: UUID,
+            op: Op::of(&bytes),
             bytes: bytes.into_bytes().into(),
         }
     }

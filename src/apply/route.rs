@@ -165,6 +165,7 @@ impl Router {
                 self.open.push(Item {
                     position,
                     bytes: bytes.clone(),
+                    op,
                     collection: uuid,
                     key: hash::key_identity(&id),
                     doc_lane: hash::lane_of(uuid, &id),

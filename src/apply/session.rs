@@ -357,9 +357,9 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         let present = |c: &CollectionUuid| entries.get(c).is_some_and(|e| matches!(e.presence, Presence::Present(_)));
         let (mut flow, mut left_out) = (Flow::default(), 0);
         for item in &job.items {
-            match bson::RawDocument::from_bytes(&item.bytes) {
-                Ok(event) if present(&item.collection) => flow.count(Op::of(event), item.bytes.len()),
-                _ => left_out += 1,
+            match present(&item.collection) {
+                true => flow.count(item.op, item.bytes.len()),
+                false => left_out += 1,
             }
         }
         self.engine.status.send_modify(|status| {

@@ -502,7 +502,7 @@ mod tests {
             batch.push(rawdoc! {"_id": token_of(time(n), Some(0)), "operationType": "delete", "pad": pad});
         }
         let token = token_of(time(changes - 1), Some(0));
-        Reply(rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token}, "ok": 1})
+        Reply::new(rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token}, "ok": 1})
     }
 
     #[tokio::test]

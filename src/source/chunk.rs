@@ -5,7 +5,9 @@
 //! because a later change follows, because the reply's own token is later, or because the server cannot emit more than
 //! one change for it.
 
-use bson::raw::{RawBsonRef, RawDocument, RawDocumentBuf};
+use std::sync::Arc;
+
+use bson::raw::{RawBsonRef, RawDocument};
 use bytes::Bytes;
 
 use super::token::{self, Token, TokenError};
@@ -15,9 +17,15 @@ use crate::model::{Batch, BatchBuilder, Epoch, Flow, Incarnation, Op, Position, 
 /// A batch is cut when its changes exceed this many bytes.
 pub const CUT_BYTES: usize = 1 << 20;
 
-/// One `aggregate` or `getMore` reply.
-#[derive(Clone, Debug)]
-pub struct Reply(pub RawDocumentBuf);
+/// One `aggregate` or `getMore` reply; it may be 16 MB, so it stays where it was received.
+#[derive(Clone)]
+pub struct Reply(Arc<dyn AsRef<RawDocument> + Send + Sync>);
+
+impl std::fmt::Debug for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Reply({} bytes)", self.document().as_bytes().len())
+    }
+}
 
 /// Why a reply cannot be turned into batches.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +42,15 @@ pub enum ChunkError {
 }
 
 impl Reply {
+    /// A reply that was received.
+    pub fn new(reply: impl AsRef<RawDocument> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(reply))
+    }
+
+    fn document(&self) -> &RawDocument {
+        (*self.0).as_ref()
+    }
+
     /// The events, first or next batch.
     ///
     /// # Errors
@@ -57,7 +74,7 @@ impl Reply {
     }
 
     fn cursor(&self) -> Result<&RawDocument, ChunkError> {
-        self.0.get_document("cursor").map_err(|_| ChunkError::Shape("no cursor"))
+        self.document().get_document("cursor").map_err(|_| ChunkError::Shape("no cursor"))
     }
 }
 
@@ -200,7 +217,7 @@ fn strip(event: &RawDocument) -> Result<Stripped<'_>, ChunkError> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use bson::{raw::RawArrayBuf, rawdoc};
+    use bson::{RawDocumentBuf, raw::RawArrayBuf, rawdoc};
 
     use super::*;
     use crate::model::ClusterTime;
@@ -229,7 +246,7 @@ pub(super) mod tests {
         for event in events {
             batch.push(event.clone());
         }
-        Reply(rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token}, "ok": 1})
+        Reply::new(rawdoc! {"cursor": {"nextBatch": batch, "postBatchResumeToken": token}, "ok": 1})
     }
 
     fn chunker(single: bool) -> Chunker {

@@ -7,7 +7,7 @@ use bson::{Document, doc};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use mongodb::Client;
-use mongodb::raw_batch_cursor::RawBatchCursor;
+use mongodb::raw_batch_cursor::{RawBatch, RawBatchCursor};
 
 use super::chunk::Reply;
 use crate::model::{ClusterTime, change::TRIMMED};
@@ -158,6 +158,15 @@ impl std::fmt::Debug for MongoTailStream {
     }
 }
 
+/// A reply in the driver's own buffer.
+struct Received(RawBatch);
+
+impl AsRef<bson::RawDocument> for Received {
+    fn as_ref(&self) -> &bson::RawDocument {
+        self.0.as_raw_document()
+    }
+}
+
 impl TailStream for MongoTailStream {
     fn single_change_units(&self) -> bool {
         self.single_change_units
@@ -165,7 +174,7 @@ impl TailStream for MongoTailStream {
 
     async fn next(&mut self) -> Result<Reply, TailError> {
         match self.cursor.next().await {
-            Some(Ok(batch)) => Ok(Reply(batch.as_raw_document().to_owned())),
+            Some(Ok(batch)) => Ok(Reply::new(Received(batch))),
             Some(Err(error)) => Err(Failure::of("read the change stream")(error).into()),
             None => Err(TailError::Interrupted("the server closed the cursor".into())),
         }

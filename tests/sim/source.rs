@@ -339,7 +339,7 @@ impl SourceDb {
         };
         let cursor =
             rawdoc! {"nextBatch": batch, "postBatchResumeToken": token, "id": 5_i64, "ns": "admin.$cmd.aggregate"};
-        Ok(Some(Reply(rawdoc! {"cursor": cursor, "ok": 1.0})))
+        Ok(Some(Reply::new(rawdoc! {"cursor": cursor, "ok": 1.0})))
     }
 
     /// The oplog loses what lies before the last event before `floor`: a stream resumes after one that is still there. Says whether
@@ -365,7 +365,7 @@ impl SourceDb {
             Some(entry) => entry.token.clone(),
             None => high_water(after.time),
         };
-        Reply(rawdoc! {"cursor": {"nextBatch": [], "postBatchResumeToken": token, "id": 5_i64}, "ok": 1.0})
+        Reply::new(rawdoc! {"cursor": {"nextBatch": [], "postBatchResumeToken": token, "id": 5_i64}, "ok": 1.0})
     }
 }
 
