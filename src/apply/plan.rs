@@ -101,7 +101,8 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
     resolve(resolved, catalog, &mut ahead, &mut steps);
     let mut collections: Vec<(CollectionUuid, Grouper<'_>)> = Vec::new();
     let mut index: HashMap<CollectionUuid, usize> = HashMap::new();
-    let expected = Expected::of(items);
+    // For the first collection only: a job of very many must not take as much for each.
+    let mut expected = Expected::of(items);
     for item in items {
         if ahead.get(&(item.collection, item.key)).is_some_and(|at| *at >= item.position.time) {
             continue;
@@ -113,7 +114,7 @@ pub fn plan(items: &[Item], resolved: &[Resolved], catalog: &Entries, floors: &F
             return Err(PlanError::Ahead { position: item.position, collection: item.collection });
         }
         let slot = *index.entry(item.collection).or_insert_with(|| {
-            collections.push((item.collection, Grouper::new(entry, expected)));
+            collections.push((item.collection, Grouper::new(entry, std::mem::take(&mut expected))));
             collections.len() - 1
         });
         collections[slot].1.add(item)?;
@@ -597,6 +598,26 @@ mod tests {
         };
         let items = [large(1, 6), large(2, 12), large(3, 1)];
         assert_eq!(commands(&items, false), named(&[("insert", 1), ("insert", 1), ("insert", 1)]));
+    }
+
+    /// Memory is bounded whatever a job is made of.
+    #[test]
+    fn a_job_of_many_collections_does_not_take_its_size_for_each() {
+        let (mut catalog, mut items) = (entries(false), Vec::new());
+        let known = catalog[&UUID].clone();
+        for n in 0..200_u8 {
+            let collection = CollectionUuid([n; 16]);
+            catalog.insert(collection, known.clone());
+            let large = item(1, "insert", i32::from(n), doc! {"fullDocument": {"_id": 1, "text": "x".repeat(10_000)}});
+            items.push(Item { collection, position: Position::new(ClusterTime(u64::from(n) + 1), 1), ..large });
+        }
+        let steps = plan(&items, &[], &catalog, &Floors::new()).expect("plan");
+        let taken = steps.into_iter().map(|step| match step {
+            Step::Run { body, .. } => body.into_bytes().capacity(),
+            Step::Patch { .. } => panic!("inserts"),
+        });
+        let (count, taken) = (taken.len(), taken.sum::<usize>());
+        assert!(count == 200 && taken < 4 * 200 * SMALL_COMMAND, "{count} commands take {taken} bytes");
     }
 
     #[test]
