@@ -36,6 +36,10 @@ pub(super) async fn run(
             event(target, &change, entries).await?
         }
     };
+    if !changed.is_empty() {
+        // What was looked up may be a successor's doing: nothing is concluded from it by an agent that was replaced.
+        target.guard(position).await?;
+    }
     for (uuid, entry) in &changed {
         save(target, *uuid, entry).await?;
     }

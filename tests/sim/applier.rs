@@ -360,6 +360,7 @@ impl SimTarget {
         let here = match there {
             Some(found) if ours => found,
             Some(_) if !empty => {
+                self.guard().await?;
                 let reason = format!("{db}.{coll} is in the way at the target");
                 lock(&self.world).broken(reason.clone());
                 return Ok(vec![(uuid, entry(&db, &coll, Presence::Refused(reason), true, change.position))]);
