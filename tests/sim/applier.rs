@@ -259,7 +259,6 @@ impl Target for SimTarget {
         let changed = match step {
             DdlStep::Adopt { collection, db, coll } => {
                 let reason = format!("{db}.{coll} was never created");
-                lock(&self.world).broken(reason.clone());
                 vec![(*collection, entry(db, coll, Presence::Refused(reason), true, position))]
             }
             DdlStep::Event { position, event } => {
@@ -268,6 +267,14 @@ impl Target for SimTarget {
                 self.event(&change, entries).await?
             }
         };
+        if !changed.is_empty() {
+            self.guard().await?;
+        }
+        for (_, entry) in &changed {
+            if let Presence::Refused(reason) = &entry.presence {
+                lock(&self.world).broken(reason.clone());
+            }
+        }
         self.save(&changed).await?;
         let (host, count) = (self.host, changed.len());
         lock(&self.world).log(format!("{host} ddl {position} {count}"));
@@ -360,9 +367,7 @@ impl SimTarget {
         let here = match there {
             Some(found) if ours => found,
             Some(_) if !empty => {
-                self.guard().await?;
                 let reason = format!("{db}.{coll} is in the way at the target");
-                lock(&self.world).broken(reason.clone());
                 return Ok(vec![(uuid, entry(&db, &coll, Presence::Refused(reason), true, change.position))]);
             }
             found => {
