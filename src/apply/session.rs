@@ -25,7 +25,7 @@ use crate::outbox::{self, Reader, Stored};
 const JOB_BYTES: usize = 2 << 20;
 /// How often the majority's state is asked while something moves. Asking makes the server flush its journal, so this is
 /// also how late a majority reader sees what was committed.
-const CONFIRM_EVERY: Duration = Duration::from_millis(25);
+const CONFIRM_EVERY: Duration = Duration::from_millis(10);
 /// Tries of one DDL step before the whole session starts afresh.
 const DDL_ATTEMPTS: u32 = 10;
 

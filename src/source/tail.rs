@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use mongodb::Client;
 use mongodb::raw_batch_cursor::{RawBatch, RawBatchCursor};
+use tokio::time::Instant;
 
 use super::chunk::Reply;
 use crate::model::{ClusterTime, change::TRIMMED};
@@ -92,6 +93,10 @@ const WIRE_6_1: i32 = 18;
 /// How long the server holds an idle `getMore`; bounds the age of its resume token, not the latency of changes.
 const AWAIT: Duration = Duration::from_millis(500);
 
+/// The least time between two requests. A reply, a record, its flushes and a transaction cost the same for one change as for
+/// ten: a steady trickle is gathered for so long. A change after a pause is not kept waiting.
+const PACE: Duration = Duration::from_millis(10);
+
 /// The change stream of a real MongoDB.
 #[derive(Clone, Debug)]
 pub struct MongoTail {
@@ -142,7 +147,9 @@ impl Tail for MongoTail {
         // Asked after opening: a server that is replaced by a newer one ends the stream first.
         let info = crate::mongo::server_info(&self.client).await?;
         let info = info.map_err(|reason| TailError::Refused(reason.to_owned()))?;
-        Ok(MongoTailStream { cursor, single_change_units: info.wire_version < WIRE_6_1 })
+        let pace = if reading == Reading::Batches { PACE } else { Duration::ZERO };
+        let single_change_units = info.wire_version < WIRE_6_1;
+        Ok(MongoTailStream { cursor, single_change_units, pace, asked: Instant::now() })
     }
 }
 
@@ -150,6 +157,9 @@ impl Tail for MongoTail {
 pub struct MongoTailStream {
     cursor: RawBatchCursor,
     single_change_units: bool,
+    pace: Duration,
+    /// When the latest reply was asked for.
+    asked: Instant,
 }
 
 impl std::fmt::Debug for MongoTailStream {
@@ -173,6 +183,8 @@ impl TailStream for MongoTailStream {
     }
 
     async fn next(&mut self) -> Result<Reply, TailError> {
+        tokio::time::sleep_until(self.asked + self.pace).await;
+        self.asked = Instant::now();
         match self.cursor.next().await {
             Some(Ok(batch)) => Ok(Reply::new(Received(batch))),
             Some(Err(error)) => Err(Failure::of("read the change stream")(error).into()),
