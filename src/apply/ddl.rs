@@ -321,7 +321,7 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
     let (db, coll) = (change.ns.db, change.ns.coll);
     let there = find(target, db, doc! {"name": coll}).await?;
     let here = match there.as_deref().and_then(mongo::uuid_of) {
-        Some(found) if intent(target, uuid).await? => found,
+        Some(found) if is_ours(target, uuid, found).await? => found,
         Some(found) => {
             if !is_empty(target, db, coll).await? {
                 let reason =
@@ -352,12 +352,18 @@ async fn create(target: &MongoTarget, change: &Change<'_>, uuid: CollectionUuid)
     Ok(vec![(uuid, entry)])
 }
 
-/// Whether an earlier attempt of ours made the collection and ended before it could say so.
-async fn intent(target: &MongoTarget, uuid: CollectionUuid) -> Result<bool, TargetError> {
+/// Whether an earlier attempt of ours made the collection that is there.
+async fn is_ours(target: &MongoTarget, uuid: CollectionUuid, here: CollectionUuid) -> Result<bool, TargetError> {
     let catalog = target.client.database(DB).collection::<Document>("catalog");
     let id = doc! {"stream": target.stream.to_string(), "collection": store::uuid(uuid)};
     let found = catalog.find_one(doc! {"_id": id}).await.map_err(Failure::of("read the catalog"))?;
-    Ok(found.is_some_and(|entry| entry.contains_key("intent")))
+    found.map_or(Ok(false), |stored| says_ours(&stored, here))
+}
+
+/// An attempt may have ended before it could say what it made, or before it heard that this was stored.
+fn says_ours(stored: &Document, here: CollectionUuid) -> Result<bool, TargetError> {
+    let is = |(_, entry): (CollectionUuid, Entry)| entry.presence == Presence::Present(here);
+    Ok(stored.contains_key("intent") || store::read_entry(stored)?.is_some_and(is))
 }
 
 async fn is_empty(target: &MongoTarget, db: &str, coll: &str) -> Result<bool, TargetError> {
@@ -537,6 +543,26 @@ mod tests {
 
     use super::*;
     use crate::model::ClusterTime;
+
+    #[test]
+    fn what_an_earlier_attempt_made_is_ours_whether_it_said_so_or_not() {
+        let here = CollectionUuid([2; 16]);
+        let id = doc! {"stream": "north/south", "collection": store::uuid(CollectionUuid([1; 16]))};
+        let stored = |presence| {
+            let at = Position::new(ClusterTime(5), 1);
+            let (db, coll) = ("d".to_owned(), "c".to_owned());
+            let entry = Entry { db, coll, presence, one_lane: false, collation: false, ddl_through: at };
+            let mut stored = store::entry_fields(&entry);
+            stored.insert("_id", &id);
+            stored
+        };
+        assert!(says_ours(&doc! {"_id": &id, "intent": 1}, here).expect("readable"), "made, not said");
+        assert!(says_ours(&stored(Presence::Present(here)), here).expect("readable"), "said, the answer was lost");
+        let others = [Presence::Present(CollectionUuid([3; 16])), Presence::Dropped, Presence::Refused("x".into())];
+        for other in others {
+            assert!(!says_ours(&stored(other.clone()), here).expect("readable"), "{other:?}");
+        }
+    }
 
     #[test]
     fn a_view_that_is_made_again_gives_way_to_a_collection_that_came_later_only() {

@@ -361,7 +361,9 @@ impl SimTarget {
             .call(|world| {
                 let there = world.target.named(&db, &coll);
                 let empty = there.is_some_and(|here| world.target.collections[&here].documents.is_empty());
-                Ok((there, world.target.intents.contains(&uuid), empty))
+                let said = world.target.catalog.get(&uuid).map(|entry| &entry.presence);
+                let ours = there.is_some_and(|here| said == Some(&Presence::Present(here)));
+                Ok((there, ours || world.target.intents.contains(&uuid), empty))
             })
             .await?;
         let here = match there {
