@@ -1,6 +1,6 @@
 //! Puts the inbox in order before streams flow: it must continue what is applied.
 
-use super::target::{Target, TargetError};
+use super::target::{StreamRecord, Target, TargetError};
 use crate::model::Epoch;
 use crate::outbox::{self, Log};
 
@@ -10,7 +10,14 @@ use crate::outbox::{self, Log};
 /// # Errors
 /// The target or the inbox cannot be reached.
 pub async fn reconcile<T: Target>(target: &T, inbox: &Log, epoch: Epoch) -> Result<(), ReconcileError> {
-    let Some(record) = target.record().await? else { return Ok(()) };
+    if let Some(record) = target.record().await? {
+        continue_from(&record, inbox, epoch).await?;
+    }
+    Ok(())
+}
+
+/// [`reconcile`] with a record that was read already.
+pub(super) async fn continue_from(record: &StreamRecord, inbox: &Log, epoch: Epoch) -> Result<(), outbox::Error> {
     let continues = inbox.state().is_some_and(|state| {
         state.incarnation == record.incarnation && state.first <= record.floor && state.end >= record.floor
     });

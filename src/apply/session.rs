@@ -16,7 +16,7 @@ use super::engine::Engine;
 use super::heal::{Apply, FetchClient, RETRY_MAX, RETRY_MIN};
 use super::lanes::{DdlId, Floor, Job, Lanes, Limits};
 use super::plan::Floors;
-use super::reconcile::{ReconcileError, reconcile};
+use super::reconcile::continue_from;
 use super::route::{Router, Unit};
 use super::target::{DdlStep, Election, StreamRecord, Target, TargetError};
 use crate::model::{CollectionUuid, Flow, Incarnation, LaneId, Op, Position, StreamHash, raw};
@@ -40,15 +40,6 @@ pub(super) enum End {
 impl From<TargetError> for End {
     fn from(error: TargetError) -> Self {
         Self::Target(error)
-    }
-}
-
-impl From<ReconcileError> for End {
-    fn from(error: ReconcileError) -> Self {
-        match error {
-            ReconcileError::Target(error) => Self::Target(error),
-            ReconcileError::Inbox(error) => Self::Inbox(error),
-        }
     }
 }
 
@@ -130,7 +121,7 @@ impl<'e, T: Target, F: FetchClient> Session<'e, T, F> {
         let claim = engine.target.claim(engine.term, engine.options.workers).await?;
         // An earlier agent may have stored a later floor since the inbox was put in order, and the source may have nothing
         // from before that any more.
-        reconcile(&*engine.target, &engine.inbox, state.epoch).await?;
+        continue_from(&claim.record, &engine.inbox, state.epoch).await?;
         let (_, election) = engine.target.confirm(None).await?;
         let lanes = Lanes::new(claim.lanes, claim.record.floor);
         let from = lanes.read();
